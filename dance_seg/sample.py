@@ -1,0 +1,45 @@
+"""The records that flow from the data to the loss.
+
+N images in a batch, C channels or classes, H rows, W columns. Labels hold class indices, or IGNORE where
+the data set does not say what is there.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+IGNORE = 255
+"""The label of a pixel that counts neither in the loss nor in a score."""
+
+
+class Draw(NamedTuple):
+    """One image as an epoch's plan wants it: everything a worker needs, so that a worker keeps no state."""
+
+    index: int  # which image of the training set
+    size: tuple[int, int]  # (H, W) after downsampling, divisible by the model's stride
+    weight: float = 1.0  # how much this image counts in the loss; mean 1 over the epoch's plan
+    epoch: int = 0  # with index and occurrence: the counter of the augmentation's randomness
+    occurrence: int = 0  # 1 when the image comes a second time in the epoch, carried over from the one before
+    progress: float = 0.0  # where in training its batch stands, in [0, 1]
+
+
+class Sample(NamedTuple):
+    """An image with its label, as decoded: RGB uint8 (H, W, 3) and class indices uint8 (H, W)."""
+
+    image: np.ndarray
+    label: np.ndarray
+
+
+class Batch(NamedTuple):
+    """What one step sees; every image of a batch has the same size.
+
+    Leaves the loader as uint8 images and labels (a quarter of the bytes to move) and is normalised on the device.
+    """
+
+    images: Tensor  # (N, 3, H, W): uint8 from the loader, float32 normalised on the device
+    labels: Tensor  # (N, H, W): uint8 from the loader, int64 on the device; class index or IGNORE
+    weights: Tensor  # (N,) float32
+    names: tuple[str, ...]
+    progress: float = 0.0  # where in training this batch stands, in [0, 1]
+    decodes: int = 0  # image files decoded for this batch; 0 where the decoded cache served it
