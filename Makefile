@@ -1,0 +1,59 @@
+# `make help` lists the targets.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+STAMP := $(VENV)/.set-up
+RECIPE ?= recipes/shapes_data_slimming.yaml
+# Overrides for any training target, such as ARGS="trainer.max_epochs=2 data.args.root=DIR".
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-all check format goldens train clean
+
+help:  ## list the targets
+	@grep -hE '^[a-zA-Z_%-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-22s %s\n", $$1, $$2}'
+
+setup: $(STAMP)  ## make .venv and install the package with its extras (again only when versions changed)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v <= (3, 13) else f"Python 3.11 to 3.13 is needed, {sys.executable} is {v[0]}.{v[1]}; run: make setup PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $(STAMP)
+
+demo: setup  ## dense twin and data-slimmed run on drawn street scenes, compared on pictures (under 5 minutes on 2 cores)
+	$(RUN) -m tools.train recipes/shapes_dense.yaml name=demo_dense $(ARGS)
+	$(RUN) -m tools.train recipes/shapes_data_slimming.yaml name=demo_data_slimming $(ARGS)
+	$(RUN) -m tools.compare runs/demo_dense runs/demo_data_slimming --out runs/demo
+
+test: setup  ## the tests, one representative of each family (under 15 minutes on 2 cores)
+	$(RUN) -m pytest -q -m "not slow" --doctest-modules dance_seg datamodules tests
+
+test-all: setup  ## every test, the whole matrix included (under 75 minutes on 2 cores)
+	$(RUN) -m pytest -q --doctest-modules dance_seg datamodules tests
+
+check: setup  ## format, lint, types and import rules
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+	$(RUN) -m pytest -q tests/test_layers.py
+
+format: setup  ## format the code and mend what the linter can
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+goldens: setup  ## write the golden figures anew; review the difference before committing it
+	$(RUN) -m pytest -q tests/test_goldens.py --rewrite-goldens
+
+train: setup  ## train RECIPE=recipes/... with ARGS="key=value ..."
+	$(RUN) -m tools.train $(RECIPE) $(ARGS)
+
+train-%: setup  ## train recipes/%.yaml, such as make train-camvid_data_slimming ARGS="data.args.root=DIR"
+	$(RUN) -m tools.train recipes/$*.yaml $(ARGS)
+
+bench-%: setup  ## measure a benchmark: pipeline, complexity, evaluator or epoch
+	$(RUN) -m tools.bench.$*
+
+clean:  ## remove what tests and tools cached here; runs/ stays
+	rm -rf .pytest_cache .mypy_cache .ruff_cache build *.egg-info
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

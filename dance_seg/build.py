@@ -1,0 +1,292 @@
+"""From a recipe to objects, and the phases of a run: prepare, train or go on, write what it came to."""
+
+import json
+import os
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from pytorch_lightning import Trainer
+from pytorch_lightning.strategies import DDPStrategy
+from pytorch_lightning.utilities.rank_zero import rank_zero_info
+from torch import nn
+
+from dance_seg.callbacks import Checkpoints, CostLedger, ExactResume, Pictures, ReestimatedStatistics, checkpoint_of
+from dance_seg.checkpoint import AtomicCheckpointIO, check_writable, clean_temporary, newest_valid
+from dance_seg.models import MODELS
+from dance_seg.module import SegmentationModule
+from dance_seg.part import build_part
+from dance_seg.recipe import Recipe, recipe_differences, recipe_from_record, recipe_record, save_recipe
+from dance_seg.tracking import JsonlLogger, guarded_wandb_logger
+
+if TYPE_CHECKING:
+    from datamodules.base import SegmentationDataModule
+
+# Keys that may differ when a run goes on: they change where and how fast it runs, not what it computes.
+FREE_KEYS = (
+    "tracking.",
+    "trainer.devices",
+    "trainer.num_nodes",
+    "trainer.accelerator",
+    "trainer.threads",
+    "trainer.save_every_minutes",
+    "trainer.log_every",
+    "data.args.root",
+    "data.args.workers",
+    "data.args.cache_",
+)
+
+
+class UnevenValidation(DDPStrategy):
+    """DDP whose validation does not pass through the wrapper, which would wait for ranks that have fewer images."""
+
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        """One rank's validation step, on its own."""
+        assert self.lightning_module is not None
+        with self.precision_plugin.val_step_context():
+            return self.lightning_module.validation_step(*args, **kwargs)
+
+
+def build_model(recipe: Recipe, num_classes: int) -> nn.Module:
+    """The network that a recipe names.
+
+    Raises ValueError for a name or an argument that does not exist.
+    """
+    return build_part(MODELS, recipe.model, at="model", num_classes=num_classes)
+
+
+def build_module(recipe: Recipe, model: nn.Module, datamodule: "SegmentationDataModule") -> SegmentationModule:
+    """The training step of a recipe around a model."""
+    weights = recipe.loss.class_weights
+    if weights is not None and len(weights) != len(datamodule.classes):
+        raise ValueError(
+            f"loss.class_weights has {len(weights)} numbers; the data has {len(datamodule.classes)} classes: "
+            f"{', '.join(datamodule.classes)}"
+        )
+    options = recipe.trainer
+    if options.channels_last:
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    module = SegmentationModule(
+        model,
+        classes=datamodule.classes,
+        loss=recipe.loss,
+        optimizer=recipe.optimizer,
+        batch_size=datamodule.batch_size,
+        ema=options.ema,
+    )
+    if options.compile:
+        module.model.compile(dynamic=True)
+    return module
+
+
+def build_trainer(recipe: Recipe, datamodule: "SegmentationDataModule", folder: Path, run_id: str) -> Trainer:
+    """The Trainer of a recipe, writing into a run folder."""
+    options = recipe.trainer
+    ranks = options.devices * options.num_nodes
+    on_cpu = options.accelerator == "cpu" or not (torch.cuda.is_available() or torch.backends.mps.is_available())
+    if options.sync_batchnorm and on_cpu:
+        rank_zero_info("trainer.sync_batchnorm is ignored: SyncBatchNorm does not run on a CPU")
+    metrics = JsonlLogger(folder)
+    mirror = guarded_wandb_logger(
+        mode=recipe.tracking.wandb,
+        project=recipe.tracking.project,
+        name=recipe.name,
+        run_id=run_id,
+        folder=folder,
+        config=recipe_record(recipe),
+        group=recipe.tracking.group,
+        tags=list(recipe.tracking.tags),
+    )
+
+    def may_choose(epoch: int) -> bool:
+        return (epoch + 1) / options.max_epochs >= options.choose_from - 1e-9
+
+    ledger = CostLedger(folder)
+    return Trainer(
+        accelerator=options.accelerator,
+        devices=options.devices,
+        num_nodes=options.num_nodes,
+        precision=options.precision,
+        strategy=UnevenValidation(timeout=timedelta(minutes=10)) if ranks > 1 else "auto",
+        sync_batchnorm=options.sync_batchnorm and not on_cpu,
+        max_epochs=options.max_epochs,
+        accumulate_grad_batches=options.accumulate,
+        gradient_clip_val=options.gradient_clip,
+        check_val_every_n_epoch=options.validate_every,
+        num_sanity_val_steps=0,
+        reload_dataloaders_every_n_epochs=1,  # an epoch has as many batches as its plan says
+        use_distributed_sampler=False,  # SameScaleBatches divides among the ranks, and validation must not be padded
+        log_every_n_steps=options.log_every,
+        deterministic="warn" if options.deterministic else False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        plugins=[AtomicCheckpointIO()],
+        logger=[metrics, *([mirror] if mirror is not None else [])],
+        callbacks=[
+            ExactResume(recipe.seed),
+            ledger,
+            ReestimatedStatistics(datamodule.statistics_batches, may_choose, ledger),
+            Pictures(folder / "pictures", datamodule.label_table.palette, mirror),
+            Checkpoints(folder / "checkpoints", options.save_every_minutes, may_choose, checkpoint_record(recipe, datamodule)),
+        ],
+        default_root_dir=folder,
+    )
+
+
+def checkpoint_record(recipe: Recipe, datamodule: "SegmentationDataModule") -> dict[str, Any]:
+    """What a reader of a checkpoint needs besides the weights, as plain data."""
+    slimming = recipe.data_slimming
+    return {
+        "recipe": recipe_record(recipe),
+        "labels": datamodule.label_table.as_record(),
+        # The training images' complexity in ascending order: the quantile of any other image is looked up in it.
+        "complexity": sorted(float(value) for value in datamodule.table.values) if slimming else None,
+    }
+
+
+def train(recipe: Recipe, datamodule: "SegmentationDataModule", folder: Path) -> Path:
+    """Train a recipe into a run folder, going on where an interrupted run was; returns the folder.
+
+    Raises ValueError when the folder holds a run of another recipe.
+    """
+    main = int(os.environ.get("LOCAL_RANK", 0)) == 0 and int(os.environ.get("NODE_RANK", 0)) == 0
+    if main:
+        _open_folder(recipe, folder)
+    torch.set_num_threads(recipe.trainer.threads or os.cpu_count() or 1)
+    # The seed also decides the initial weights, so it is set before the model is built.
+    torch.manual_seed(recipe.seed)
+    model = build_model(recipe, len(datamodule.classes))
+    datamodule.fit_to(
+        stride=getattr(model, "stride", 32),
+        epochs=recipe.trainer.max_epochs,
+        seed=recipe.seed,
+        data_slimming=recipe.data_slimming,
+    )
+    module = build_module(recipe, model, datamodule)
+    datamodule.prepare_data()
+    trainer = build_trainer(recipe, datamodule, folder, _run_id(folder))
+    found = newest_valid(folder / "checkpoints", "step-*.ckpt")
+    if found is not None:
+        path, checkpoint = found
+        place = checkpoint["callbacks"]["ExactResume"]
+        if place["epoch"] >= recipe.trainer.max_epochs:
+            rank_zero_info(f"{folder} is finished: {place['epoch']} epochs; give another name= to train anew")
+            return folder
+        rank_zero_info(f"Going on from {path}: epoch {place['epoch']}, batch {place['batch']}")
+        if main:
+            JsonlLogger(folder).mark_resumed(checkpoint["global_step"])
+        del checkpoint
+    trainer.fit(module, datamodule=datamodule, ckpt_path=found[0] if found else None, weights_only=True)
+    if trainer.is_global_zero and trainer.current_epoch >= recipe.trainer.max_epochs:
+        _note(folder, finished=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
+    return folder
+
+
+def load_model(path: Path, *, averaged: bool = True) -> tuple[nn.Module, dict[str, Any]]:
+    """The network of a checkpoint, on the CPU in evaluation mode, and the checkpoint's record (recipe, labels).
+
+    The averaged weights are taken where the run kept them.
+    Raises CheckpointError when the file is damaged or holds no run of this project.
+    """
+    from dance_seg.checkpoint import load_checkpoint
+    from dance_seg.errors import CheckpointError
+
+    checkpoint = load_checkpoint(path)
+    record = checkpoint.get("dance_seg")
+    if record is None:
+        raise CheckpointError(f"{path}: holds no dance_seg record; give a checkpoint that tools.train wrote")
+    recipe = recipe_from_record(record["recipe"], at=f"{path}:recipe")
+    args = {**recipe.model.args}
+    if args.get("encoder_weights"):
+        args["encoder_weights"] = None  # the checkpoint holds the weights; nothing is to be fetched
+    recipe = Recipe(**{**{k: getattr(recipe, k) for k in recipe.__dataclass_fields__}, "model": type(recipe.model)(recipe.model.name, args)})
+    model = build_model(recipe, len(record["labels"]["classes"]))
+    if averaged and "average" in checkpoint:
+        weights = checkpoint["average"]["state_dict"]
+    else:
+        prefix = "model."
+        weights = {k[len(prefix) :]: v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise CheckpointError(f"{path}: its tensors do not fit its recipe: {str(error).splitlines()[1].strip()}") from None
+    return model.eval(), record
+
+
+def load_run(folder: Path, choice: str = "best") -> tuple[nn.Module, dict[str, Any], Path]:
+    """The network, the record and the path of a run's `best`, `last` or named checkpoint."""
+    if not folder.is_dir():
+        known = sorted(str(p.parent) for p in Path("runs").glob("*/recipe.yaml"))
+        raise ValueError(f"{folder}: no such run; there are: {', '.join(known) or 'none yet, train one first'}")
+    path, _ = checkpoint_of(folder / "checkpoints", choice)
+    model, record = load_model(path)
+    return model, record, path
+
+
+def _open_folder(recipe: Recipe, folder: Path) -> None:
+    """Make the run folder, or check that the run in it is this one."""
+    from dance_seg.recipe import load_recipe
+
+    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+    check_writable(folder)
+    clean_temporary(folder / "checkpoints")
+    there = folder / "recipe.yaml"
+    if there.is_file():
+        differing = [
+            d for d in recipe_differences(load_recipe(there), recipe) if not d.startswith(FREE_KEYS)
+        ]
+        if differing:
+            raise ValueError(
+                f"{folder} holds a run of another recipe (there / here: {'; '.join(differing[:5])}); choose another "
+                f"name=..., or move {folder} away"
+            )
+    save_recipe(recipe, there)
+
+
+def _run_id(folder: Path) -> str:
+    """A random name that stays the same when the run goes on."""
+    import secrets
+
+    known = _notes(folder)
+    if "run_id" not in known:
+        _note(folder, run_id=secrets.token_hex(4), started=time.strftime("%Y-%m-%dT%H:%M:%S%z"), **circumstances())
+    return str(_notes(folder)["run_id"])
+
+
+def circumstances() -> dict[str, Any]:
+    """Hardware, versions and commit, to be kept beside the figures of a run."""
+    import platform
+    import subprocess
+    from importlib.metadata import version
+
+    processor = platform.processor() or platform.machine()
+    if os.path.exists("/proc/cpuinfo"):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        processor = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), processor)
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--dirty=+"], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10
+        ).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        described = ""
+    return {
+        "commit": described,
+        "processor": processor,
+        "cores": os.cpu_count(),
+        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "versions": {name: version(name) for name in ("torch", "pytorch-lightning", "segmentation-models-pytorch")},
+    }
+
+
+def _notes(folder: Path) -> dict[str, Any]:
+    path = folder / "run.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def _note(folder: Path, **facts: Any) -> None:
+    path = folder / "run.json"
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps({**_notes(folder), **facts}, indent=2) + "\n")
+    temporary.replace(path)

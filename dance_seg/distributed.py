@@ -1,0 +1,42 @@
+"""The few things the methods need to know about the other processes of a run; all of it works without any."""
+
+import torch.distributed
+from torch import Tensor
+
+
+def num_ranks() -> int:
+    """How many processes train together; 1 outside distributed training.
+
+    >>> num_ranks()
+    1
+    """
+    return torch.distributed.get_world_size() if _is_distributed() else 1
+
+
+def rank() -> int:
+    """Which of the processes this one is, from 0.
+
+    >>> rank()
+    0
+    """
+    return torch.distributed.get_rank() if _is_distributed() else 0
+
+
+def sum_over_ranks(tensor: Tensor) -> Tensor:
+    """The sum of a tensor over all ranks, the same on each; the tensor itself outside distributed training.
+
+    Every rank must call it, with equal shape and type. No gradient flows through the sum.
+
+    >>> import torch
+    >>> sum_over_ranks(torch.tensor([1.0, 2.0]))
+    tensor([1., 2.])
+    """
+    if not _is_distributed():
+        return tensor
+    total = tensor.detach().clone()
+    torch.distributed.all_reduce(total)
+    return total
+
+
+def _is_distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()

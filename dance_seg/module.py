@@ -1,0 +1,194 @@
+"""The training step, as a LightningModule: logits, a loss per image, one weighted mean."""
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from pytorch_lightning import LightningModule
+from torch import Tensor, nn
+
+from dance_seg.evaluator import resized_argmax
+from dance_seg.losses import Loss, per_sample_loss, weighted_mean
+from dance_seg.metrics import ConfusionMatrix
+from dance_seg.options import Optimizer
+from dance_seg.sample import Batch
+
+
+class SegmentationModule(LightningModule):
+    """Trains a model on batches of one size whose images count by their weights.
+
+    `model` maps images (N, 3, H, W) to logits (N, C, H, W). `batch_size` is the global batch the learning rate is
+    meant for; batches of another size scale it (Optimizer.batch_factor). With `ema`, a decaying average of the
+    weights is kept and is what gets validated, chosen and exported.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        classes: Sequence[str],
+        loss: Loss | None = None,
+        optimizer: Optimizer | None = None,
+        batch_size: int = 8,
+        ema: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.classes = tuple(classes)
+        self.loss = loss or Loss()
+        self.optimizer_options = optimizer or Optimizer()
+        self.batch_size = batch_size
+        self.average = WeightAverage(model, ema) if ema is not None else None
+        self.matrix = ConfusionMatrix(len(self.classes))
+
+    @property
+    def evaluated_model(self) -> nn.Module:
+        """The network that is validated and exported: the averaged one if there is an average."""
+        return self.average.model if self.average is not None else self.model
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (N, C, H, W) of normalised images (N, 3, H, W)."""
+        return self.model(images)
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Set the learning rate for this batch: a function of progress, so that resuming needs no schedule state."""
+        options = self.optimizer_options
+        images = len(batch.weights) * self.trainer.world_size
+        factor = options.lr_factor(batch.progress) * options.batch_factor(images, self.batch_size)
+        for group in self.optimizers(use_pl_optimizer=False).param_groups:  # type: ignore[union-attr]
+            group["lr"] = options.lr * group["lr_scale"] * factor
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The loss of one batch."""
+        logits = self.model(batch.images)
+        loss = weighted_mean(per_sample_loss(logits, batch.labels, self.loss), batch.weights)
+        self.log("train/loss", loss, prog_bar=True)
+        self.log_dict({"train/lr": self._learning_rate(), "train/progress": batch.progress})
+        return loss
+
+    def _learning_rate(self) -> float:
+        return self.optimizers(use_pl_optimizer=False).param_groups[-1]["lr"]  # type: ignore[union-attr]
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Step, and let the average follow."""
+        super().optimizer_step(*args, **kwargs)
+        if self.average is not None:
+            self.average.follow(self.model)
+
+    def on_fit_start(self) -> None:
+        """Bring the average to the device; it is no submodule, since DDP would synchronise it for nothing."""
+        if self.average is not None:
+            self.average.model.to(self.device)
+
+    def on_validation_epoch_start(self) -> None:
+        """Score from nothing."""
+        self.matrix.reset()
+        self.evaluated_model.eval()
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Count the prediction of full images against their labels, at the labels' own resolution."""
+        predictions = predict_labels(self.evaluated_model, batch.images, tuple(batch.labels.shape[-2:]))
+        self.matrix.update(predictions, batch.labels)
+        return predictions
+
+    def on_validation_epoch_end(self) -> None:
+        """Log mIoU, accuracies and the IoU of each class, in points."""
+        scores = self.matrix.compute()
+        figures = {
+            "val/miou": scores.miou,
+            "val/pixel_accuracy": scores.pixel_accuracy,
+            "val/class_accuracy": scores.class_accuracy,
+        }
+        for name, iou in zip(self.classes, scores.iou, strict=True):
+            if iou is not None and np.isfinite(iou):  # a class that is nowhere has no IoU
+                figures[f"val/iou/{name}"] = iou
+        # The matrix is summed over ranks already, so every rank holds the same figures.
+        self.log_dict({key: float(value) for key, value in figures.items()}, rank_zero_only=False, sync_dist=False)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """The optimiser; normalisation and biases do not decay."""
+        return make_optimizer(self.model, self.optimizer_options)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the averaged weights."""
+        if self.average is not None:
+            checkpoint["average"] = self.average.state()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore the averaged weights."""
+        if self.average is not None:
+            self.average.restore(checkpoint["average"])
+
+
+class WeightAverage:
+    """A decaying average of a model's weights; normalisation statistics are the model's own.
+
+    Early on the decay is smaller, min(decay, (1 + n) / (10 + n)) after n steps, so that the start is forgotten.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.decay = decay
+        self.steps = 0
+
+    @torch.no_grad()
+    def follow(self, model: nn.Module) -> None:
+        """Move towards the model's weights after a step."""
+        decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
+        mine, theirs = list(self.model.parameters()), list(model.parameters())
+        torch._foreach_lerp_([p.data for p in mine], [p.data for p in theirs], 1 - decay)
+        for buffer, current in zip(self.model.buffers(), model.buffers(), strict=True):
+            buffer.copy_(current)
+        self.steps += 1
+
+    def state(self) -> dict[str, Any]:
+        """Plain data for a checkpoint."""
+        return {"steps": self.steps, "state_dict": self.model.state_dict()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take over what `state` returned."""
+        self.steps = int(state["steps"])
+        self.model.load_state_dict(state["state_dict"])
+
+
+def make_optimizer(model: nn.Module, options: Optimizer) -> torch.optim.Optimizer:
+    """SGD or AdamW over a model's parameters; weight decay is for weights of two or more dimensions only.
+
+    Parameters of a submodule named `encoder` have `encoder_lr` times the learning rate.
+    """
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups.setdefault(("encoder." in name, parameter.ndim > 1), []).append(parameter)
+    settings: list[dict[str, Any]] = [
+        {
+            "params": parameters,
+            "lr": options.lr * (options.encoder_lr if is_encoder else 1.0),
+            "lr_scale": options.encoder_lr if is_encoder else 1.0,
+            "weight_decay": options.weight_decay if decays else 0.0,
+        }
+        for (is_encoder, decays), parameters in groups.items()
+    ]
+    if options.name == "sgd":
+        return torch.optim.SGD(settings, lr=options.lr, momentum=options.momentum, nesterov=options.nesterov)
+    return torch.optim.AdamW(settings, lr=options.lr, betas=options.betas)
+
+
+@torch.no_grad()
+def predict_labels(model: nn.Module, images: Tensor, size: tuple[int, ...]) -> Tensor:
+    """Class indices (N, H, W) uint8 at `size`, from normalised images (N, 3, h, w).
+
+    Logits are interpolated bilinearly to `size` where the images were smaller than the labels.
+    Raises ValueError when logits are not finite.
+    """
+    height, width = size
+    if tuple(images.shape[-2:]) == (height, width) and hasattr(model, "coarse_logits"):
+        # The network's own last step is an interpolation: fused with the argmax, full logits are never made.
+        logits, padded, align_corners = model.coarse_logits(images)
+        labels = [resized_argmax(image.float(), padded, align_corners=align_corners) for image in logits]
+        return torch.stack([torch.as_tensor(label)[:height, :width] for label in labels])
+    logits = model(images)
+    labels = [resized_argmax(image.float(), (height, width), align_corners=False) for image in logits]
+    return torch.stack([torch.as_tensor(label) for label in labels])

@@ -1,0 +1,172 @@
+"""A recipe: the options of one run, read from one YAML file and the command line. The only file that knows OmegaConf."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import MissingMandatoryValue, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from dance_seg.data_slimming.plan import DataSlimming
+from dance_seg.losses import Loss
+from dance_seg.options import Optimizer, Tracking, Training, plain
+from dance_seg.part import Part
+
+MAX_BYTES = 1 << 20  # no honest recipe is larger
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """All that decides a run. A section that is absent is off."""
+
+    data: Part
+    model: Part
+    name: str = ""  # of the run's folder; the file's name when empty
+    seed: int = 0
+    loss: Loss = field(default_factory=Loss)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    data_slimming: DataSlimming | None = None
+    trainer: Training = field(default_factory=Training)
+    tracking: Tracking = field(default_factory=Tracking)
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe of a YAML file with `section.key=value` overrides applied.
+
+    Raises ValueError for anything that is not a recipe: unknown keys (with the nearest known one), wrong types and
+    values, contradictions between sections, YAML tags, aliases and interpolation. Nothing of it is ever executed.
+    """
+    path = Path(path)
+    if not path.is_file():
+        near = sorted(other.name for other in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        close = get_close_matches(path.name, near, n=1)
+        hint = f"did you mean {path.parent / close[0]}?" if close else f"found there: {', '.join(near) or 'no recipe'}"
+        raise ValueError(f"{path}: no such recipe; {hint}")
+    if path.stat().st_size > MAX_BYTES:
+        raise ValueError(f"{path}: {path.stat().st_size} bytes is no recipe; the limit is {MAX_BYTES}")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not a UTF-8 text file ({error.reason} at byte {error.start})") from None
+    return parse_recipe(text, overrides, at=str(path), name=path.stem)
+
+
+def parse_recipe(text: str, overrides: Sequence[str] = (), *, at: str = "recipe", name: str = "run") -> Recipe:
+    """The recipe of a YAML text; `at` names it in errors."""
+    _refuse_tricks(text, at)
+    for override in overrides:
+        key, equals, _ = override.partition("=")
+        if not equals or not key.strip():
+            raise ValueError(f"{override!r} is no override; write section.key=value, such as trainer.max_epochs=2")
+    try:
+        read = OmegaConf.create(text)
+        written = OmegaConf.from_dotlist(list(overrides))
+        for config in (read, written):
+            _refuse_interpolation(OmegaConf.to_container(config, resolve=False), at)
+        recipe: Recipe = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Recipe), read, written))  # type: ignore[assignment]
+    except MissingMandatoryValue as error:
+        raise ValueError(f"{at}: {_first_line(error)}; every recipe names its data and its model") from None
+    except OmegaConfBaseException as error:
+        key = f"{error.full_key}: " if getattr(error, "full_key", "") else ""
+        raise ValueError(f"{at}: {key}{_first_line(error)}") from None
+    except ValueError as error:
+        raise ValueError(f"{at}: {error}") from None
+    if not recipe.name:
+        recipe = _renamed(recipe, name)
+    try:
+        check_recipe(recipe)
+    except ValueError as error:
+        raise ValueError(f"{at}: {error}") from None
+    return recipe
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Refuse sections that contradict one another, before any data or device is touched."""
+    if not all(char.isalnum() or char in "-_." for char in recipe.name) or recipe.name.startswith("."):
+        raise ValueError(f"name is {recipe.name!r}: letters, digits, '-', '_' and '.', since it names a folder")
+    if recipe.seed < 0:
+        raise ValueError(f"seed is {recipe.seed}: zero or more")
+    ranks = recipe.trainer.devices * recipe.trainer.num_nodes
+    batch_size = recipe.data.args.get("batch_size", 8)
+    if isinstance(batch_size, int) and (batch_size % ranks or batch_size < 2 * ranks):
+        raise ValueError(
+            f"data.args.batch_size {batch_size} counts the images of all devices: it must divide by trainer.devices x "
+            f"trainer.num_nodes = {ranks} and leave each at least 2; try {max(2, round(batch_size / ranks)) * ranks}"
+        )
+    slimming = recipe.data_slimming
+    if slimming is not None and recipe.trainer.choose_from < 1 - slimming.full_resolution_tail - 1e-9:
+        raise ValueError(
+            f"trainer.choose_from is {recipe.trainer.choose_from}, before the full-resolution tail begins at "
+            f"{1 - slimming.full_resolution_tail:g}: the best checkpoint is chosen only in the tail; raise one or the "
+            "other"
+        )
+
+
+def recipe_record(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as plain data, for recipe.yaml, checkpoints and trackers."""
+    return plain(recipe)
+
+
+def recipe_from_record(record: dict[str, Any], *, at: str = "recipe") -> Recipe:
+    """The recipe that `recipe_record` wrote.
+
+    Raises ValueError like `load_recipe`.
+    """
+    return parse_recipe(yaml.safe_dump(record), at=at, name=str(record.get("name", "run")))
+
+
+def save_recipe(recipe: Recipe, path: Path) -> None:
+    """Write the resolved recipe as YAML."""
+    path.write_text(yaml.safe_dump(recipe_record(recipe), sort_keys=False))
+
+
+def recipe_differences(first: Recipe, second: Recipe) -> list[str]:
+    """The dotted keys in which two recipes differ, with both values."""
+
+    def flat(value: Any, prefix: str) -> dict[str, Any]:
+        if not isinstance(value, dict) or not value:
+            return {prefix: value}
+        return {k: v for key, item in value.items() for k, v in flat(item, f"{prefix}.{key}" if prefix else key).items()}
+
+    one, two = flat(recipe_record(first), ""), flat(recipe_record(second), "")
+    return [f"{k}: {one.get(k)} / {two.get(k)}" for k in sorted(one.keys() | two.keys()) if one.get(k) != two.get(k)]
+
+
+def _renamed(recipe: Recipe, name: str) -> Recipe:
+    return Recipe(**{**{key: getattr(recipe, key) for key in recipe.__dataclass_fields__}, "name": name})
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]
+
+
+def _refuse_tricks(text: str, at: str) -> None:
+    """YAML that could expand without bound or name a Python object has no place in a recipe."""
+    try:
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            if isinstance(event, yaml.AliasEvent):
+                raise ValueError(f"{at}:{event.start_mark.line + 1}: YAML aliases (*{event.anchor}) are not allowed")
+            tag = getattr(event, "tag", None)
+            if tag and not tag.startswith("tag:yaml.org,2002:") or (tag and "python" in tag):
+                raise ValueError(f"{at}:{event.start_mark.line + 1}: YAML tags ({tag}) are not allowed")
+        top = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{at}: not valid YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise ValueError(f"{at}: nested too deeply for a recipe") from None
+    if not isinstance(top, dict):
+        raise ValueError(f"{at}: a recipe is a mapping of sections, such as data: and model:, not {type(top).__name__}")
+
+
+def _refuse_interpolation(value: Any, at: str, key: str = "") -> None:
+    if isinstance(value, dict):
+        for name, item in value.items():
+            _refuse_interpolation(item, at, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list):
+        for number, item in enumerate(value):
+            _refuse_interpolation(item, at, f"{key}[{number}]")
+    elif isinstance(value, str) and "${" in value:
+        raise ValueError(f"{at}: {key} holds '${{'; recipes are literal, nothing is interpolated; write the value out")

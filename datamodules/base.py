@@ -1,0 +1,341 @@
+"""The LightningDataModule that every data set shares: splits, cache, complexity, plan, loaders."""
+
+import os
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from pytorch_lightning import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader, Subset
+
+from dance_seg.data_slimming.complexity import quantiles
+from dance_seg.data_slimming.plan import DataSlimming, rare_images
+from dance_seg.normalise import normalise
+from dance_seg.randomness import generator
+from dance_seg.sample import Batch, Sample
+from datamodules.complexity_table import ComplexityTable, complexity_table
+from datamodules.decoded_cache import open_cache
+from datamodules.label_table import LabelTable
+from datamodules.sampler import EpochSummary, SameScaleBatches
+from datamodules.sources import FileSource, Pair, hold_out, usable_pairs
+from datamodules.transforms import Augmentation, EvaluationImages, TrainingImages, worker_init
+
+STATISTICS = 5  # stream of random numbers: which images BatchNorm statistics are re-estimated on
+
+
+class Source(Protocol):
+    """Decoded images in a fixed order, with train ids as labels."""
+
+    names: tuple[str, ...]
+    groups: tuple[str, ...]
+    fingerprint: str
+
+    def __len__(self) -> int: ...
+
+    def load(self, index: int) -> Sample:
+        """The image and label of one index."""
+        ...
+
+
+class SegmentationDataModule(LightningDataModule):
+    """Train and validation images of one data set; data slimming's plan decides what an epoch offers.
+
+    crop: (H, W) of a training image at full resolution. batch_size: images of all devices together. resolution: the
+    images are used at this fraction of their size, while scores are always taken at the labels' own. hold_out: a
+    drive, a list or a fraction of train taken away from training and validated on. validate_on: the split to validate
+    on; "auto" is what was held out, or else val. cache_gb: size of the store of decoded images, outside the data.
+    """
+
+    def __init__(
+        self,
+        *,
+        crop: tuple[int, int] = (352, 480),
+        batch_size: int = 8,
+        workers: int = 0,
+        random_scale: tuple[float, float] = (0.5, 2.0),
+        flip: float = 0.5,
+        color: float = 0.0,
+        resolution: float = 1.0,
+        hold_out: str | float | list[str] | None = None,
+        validate_on: Literal["auto", "held_out", "train", "val", "test"] = "auto",
+        bad_files: Literal["error", "quarantine"] = "error",
+        bad_files_cap: float = 0.01,
+        cache_gb: float = 8.0,
+        cache_dir: str | None = None,
+        statistics_images: int = 64,
+    ) -> None:
+        super().__init__()
+        self.crop = _size(crop, "data.args.crop")
+        self.batch_size = _whole(batch_size, "data.args.batch_size", 2)
+        self.workers = _whole(workers, "data.args.workers", 0)
+        low, high = _pair(random_scale, "data.args.random_scale")
+        self.resolution = _number(resolution, "data.args.resolution", 0.05, 1.0)
+        self.augmentation = Augmentation(
+            random_scale=(low * self.resolution, high * self.resolution),
+            flip=_number(flip, "data.args.flip", 0, 1),
+            color=_number(color, "data.args.color", 0, 1),
+        )
+        self.held = hold_out
+        if validate_on not in ("auto", "held_out", "train", "val", "test"):
+            raise ValueError(f"data.args.validate_on is {validate_on!r}; choose auto, held_out, train, val or test")
+        if validate_on == "held_out" and hold_out is None:
+            raise ValueError("data.args.validate_on is held_out but data.args.hold_out names nothing to hold out")
+        self.validate_on = validate_on if validate_on != "auto" else ("held_out" if hold_out is not None else "val")
+        if bad_files not in ("error", "quarantine"):
+            raise ValueError(f"data.args.bad_files is {bad_files!r}; choose error or quarantine")
+        self.bad_files, self.bad_files_cap = bad_files, _number(bad_files_cap, "data.args.bad_files_cap", 0, 1)
+        self.cache_gb = _number(cache_gb, "data.args.cache_gb", 0, 1e6)
+        default = os.environ.get("DANCE_SEG_CACHE") or Path.home() / ".cache" / "dance_seg"
+        self.cache_folder = Path(cache_dir or default).expanduser()
+        self.statistics_images = _whole(statistics_images, "data.args.statistics_images", 2)
+        # Set by `fit_to`, which every run calls before training.
+        self.data_slimming: DataSlimming | None = None
+        self.epochs, self.seed, self.stride = 1, 0, 32
+        self.charges: dict[str, float] = {}  # seconds spent on preparing, by kind, for the ledger
+        self._sources: dict[str, Source] = {}
+
+    # What a data set says of itself -------------------------------------------------------------------------------
+
+    @property
+    def label_table(self) -> LabelTable:
+        """The one table from raw label ids to classes."""
+        raise NotImplementedError
+
+    def raw_source(self, split: str) -> Source:
+        """The images of a split as they are on disk, before caching; split is train, held_out, val or test."""
+        raise NotImplementedError
+
+    def sources_for_check(self) -> dict[str, tuple[list[Pair], LabelTable]]:
+        """The files of each split that is there, for `tools.check_data`."""
+        raise ValueError("this data set is drawn, not read: there are no files to check")
+
+    # What a run says ----------------------------------------------------------------------------------------------
+
+    def fit_to(self, *, stride: int, epochs: int, seed: int, data_slimming: DataSlimming | None) -> None:
+        """Tell what the sizes must divide by, and what the plan depends on."""
+        self.stride, self.epochs, self.seed, self.data_slimming = stride, epochs, seed, data_slimming
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of the classes in the order of their train ids."""
+        return self.label_table.classes
+
+    def source(self, split: str) -> Source:
+        """The images of a split, from the decoded cache; opened once."""
+        if split not in self._sources:
+            raw = self.raw_source(split)
+            if not len(raw):
+                raise ValueError(f"the split {split} holds no images")
+            cached = open_cache(raw, folder=self.cache_folder, budget_gb=self.cache_gb) if self.cache_gb else raw
+            self._sources[split] = cached  # type: ignore[assignment]
+        return self._sources[split]
+
+    @cached_property
+    def table(self) -> ComplexityTable:
+        """The complexity of each training image, scored once."""
+        measure = self.data_slimming.measure if self.data_slimming else "spatial_information"
+        options = {"seed": self.seed} if measure == "random" else {}
+        return complexity_table(self.source("train"), measure, folder=self.cache_folder / "complexity", **options)
+
+    def prepare_data(self) -> None:
+        """Decode and score what is not there yet; one process of each machine does."""
+        self.source("train")
+        self.source(self.validate_on)
+        if self.data_slimming is not None:
+            _ = self.table
+
+    def setup(self, stage: str | None = None) -> None:
+        """Open the data on every rank."""
+        if stage in (None, "fit"):
+            _ = self.batches
+            if self.data_slimming is not None:
+                # Charged whenever it was paid: an efficiency claim includes its own overhead.
+                self.charges = {"scoring": self.table.seconds_decoding + self.table.seconds_scoring}
+
+    @cached_property
+    def batches(self) -> SameScaleBatches:
+        """The batch sampler of the whole run."""
+        ranks, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
+        slimming = self.data_slimming
+        return SameScaleBatches(
+            quantiles(self.table.values) if slimming else np.zeros(len(self.source("train"))),
+            slimming,
+            crop=self.crop,
+            stride=self.stride,
+            batch_size=self.batch_size,
+            epochs=self.epochs,
+            seed=self.seed,
+            rare=rare_images(self.table.classes_present, slimming.rare_class_images) if slimming else None,
+            num_ranks=ranks,
+            rank=rank,
+        )
+
+    @property
+    def schedule(self) -> list[EpochSummary]:
+        """What each epoch will do."""
+        return self.batches.schedule
+
+    # Loaders ------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _train_loader(self) -> DataLoader:
+        images = TrainingImages(self.source("train"), self.crop, self.augmentation, self.seed)
+        return self._loader(images, batch_sampler=self.batches)
+
+    def train_dataloader(self) -> "EpochOfBatches":
+        """What is left of the current epoch; Lightning asks anew each epoch."""
+        if self.trainer is not None:
+            self.batches.set_position(*_position(self.trainer))
+        return EpochOfBatches(self._train_loader, len(self.batches))
+
+    def val_dataloader(self) -> DataLoader:
+        """Full images, one at a time, each on one rank only: nothing is padded or counted twice."""
+        return self.evaluation_loader(self.validate_on)
+
+    def evaluation_loader(self, split: str) -> DataLoader:
+        """The full images of a split."""
+        images = EvaluationImages(self.source(split), self.resolution)
+        ranks, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
+        return self._loader(Subset(images, range(rank, len(images), ranks)), batch_size=None)
+
+    def _loader(self, images: Any, **how: Any) -> DataLoader:
+        workers = self.workers
+        return DataLoader(
+            images,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            worker_init_fn=worker_init if workers else None,
+            pin_memory=torch.cuda.is_available(),
+            collate_fn=_as_it_is,
+            timeout=300 if workers else 0,  # a worker that hangs is an error, not a wait for ever
+            **how,
+        )
+
+    def statistics_batches(self) -> Iterator[Tensor]:
+        """Normalised full images of a fixed list of training images, for BatchNorm statistics."""
+        images = EvaluationImages(self.source("train"), self.resolution)
+        chosen = generator(self.seed, STATISTICS).permutation(len(images))[: self.statistics_images]
+        waiting: dict[tuple[int, ...], list[Tensor]] = {}
+        for index in chosen:
+            image = images[int(index)].images[0]
+            alike = waiting.setdefault(tuple(image.shape), [])
+            alike.append(image)
+            if len(alike) == 4:
+                yield normalise(torch.stack(waiting.pop(tuple(image.shape))))
+        for alike in waiting.values():
+            # BatchNorm after global pooling needs two images; one image twice has the statistics of one.
+            yield normalise(torch.stack(alike if len(alike) > 1 else alike * 2))
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Normalise on the device, where a quarter of the bytes arrived."""
+        return batch._replace(images=normalise(batch.images), labels=batch.labels.long())
+
+
+class FileDataModule(SegmentationDataModule):
+    """A data set of image and label files under `root`; subclasses say how they are found."""
+
+    def __init__(self, root: str, **loading: Any) -> None:
+        super().__init__(**loading)
+        self.root = Path(root).expanduser()
+        self._pairs: dict[str, tuple[list[Pair], LabelTable]] = {}
+
+    def read_split(self, split: str) -> tuple[list[Pair], LabelTable]:
+        """The files of the data set's own split, and their label table."""
+        raise NotImplementedError
+
+    def pairs(self, split: str) -> list[Pair]:
+        """The files of a split after `hold_out` and quarantine, in a fixed order."""
+        own = "train" if split == "held_out" else split
+        if own not in self._pairs:
+            found, table = self.read_split(own)
+            usable = usable_pairs(found, table, self.bad_files, self.bad_files_cap)
+            self._pairs[own] = (usable, table)
+        found = self._pairs[own][0]
+        if own == "train" and self.held is not None:
+            kept, held = hold_out(found, self.held)
+            return held if split == "held_out" else kept
+        return found
+
+    @property
+    def label_table(self) -> LabelTable:
+        """The one table from raw label ids to classes."""
+        if not self._pairs:
+            self.pairs("train")
+        return next(iter(self._pairs.values()))[1]
+
+    def raw_source(self, split: str) -> FileSource:  # type: ignore[override]
+        """The images of a split as they are on disk."""
+        pairs = self.pairs(split)
+        return FileSource(pairs, self._pairs["train" if split == "held_out" else split][1])
+
+    def sources_for_check(self) -> dict[str, tuple[list[Pair], LabelTable]]:
+        """The files of each split that is there."""
+        found = {"train": self.read_split("train")}
+        for split in ("val", "test"):
+            try:
+                found[split] = self.read_split(split)
+            except (ValueError, OSError):
+                if split == self.validate_on:
+                    raise
+        return found
+
+
+class EpochOfBatches:
+    """What is left of one epoch. Iterating starts the workers with the first batch and not before: Lightning asks
+    for two iterators an epoch and uses one.
+    """
+
+    def __init__(self, loader: DataLoader, length: int) -> None:
+        self.loader, self.length = loader, length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[Batch]:
+        yield from self.loader
+
+
+def _position(trainer: Any) -> tuple[int, int]:
+    """The epoch and the batch to go on with."""
+    from dance_seg.callbacks import ExactResume
+
+    for callback in trainer.callbacks:
+        if isinstance(callback, ExactResume) and callback.epoch == trainer.current_epoch:
+            return callback.epoch, callback.batch
+    return trainer.current_epoch, 0
+
+
+def _as_it_is(batch: Batch) -> Batch:
+    return batch
+
+
+def _whole(value: Any, key: str, least: int) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{key} is {value!r}: a whole number, at least {least}")
+    return value
+
+
+def _number(value: Any, key: str, least: float, most: float) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not least <= value <= most:
+        raise ValueError(f"{key} is {value!r}: a number from {least} to {most}")
+    return float(value)
+
+
+def _pair(value: Any, key: str) -> tuple[float, float]:
+    if not isinstance(value, list | tuple) or len(value) != 2:
+        raise ValueError(f"{key} is {value!r}: two numbers, such as [0.5, 2.0]")
+    low, high = (_number(item, key, 0.05, 20.0) for item in value)
+    if low > high:
+        raise ValueError(f"{key} is {list(value)}: the first is at most the second")
+    return low, high
+
+
+def _size(value: Any, key: str) -> tuple[int, int]:
+    if not isinstance(value, list | tuple) or len(value) != 2:
+        raise ValueError(f"{key} is {value!r}: height and width, such as [352, 480]")
+    height, width = (_whole(item, key, 32) for item in value)
+    return height, width
