@@ -7,16 +7,20 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from pytorch_lightning import Trainer
 from pytorch_lightning.strategies import DDPStrategy
 from pytorch_lightning.utilities.rank_zero import rank_zero_info
 from torch import nn
+from tqdm import tqdm
 
 from dance_seg.callbacks import Checkpoints, CostLedger, ExactResume, Pictures, ReestimatedStatistics, checkpoint_of
 from dance_seg.checkpoint import AtomicCheckpointIO, check_writable, clean_temporary, newest_valid
+from dance_seg.metrics import Scores, confusion_matrix, scores
 from dance_seg.models import MODELS
-from dance_seg.module import SegmentationModule
+from dance_seg.module import SegmentationModule, predict_labels
+from dance_seg.normalise import normalise
 from dance_seg.part import build_part
 from dance_seg.recipe import Recipe, recipe_differences, recipe_from_record, recipe_record, save_recipe
 from dance_seg.tracking import JsonlLogger, guarded_wandb_logger
@@ -166,6 +170,8 @@ def train(recipe: Recipe, datamodule: "SegmentationDataModule", folder: Path) ->
     )
     module = build_module(recipe, model, datamodule)
     datamodule.prepare_data()
+    if main:
+        write_plan(folder, datamodule)
     trainer = build_trainer(recipe, datamodule, folder, _run_id(folder))
     found = newest_valid(folder / "checkpoints", "step-*.ckpt")
     if found is not None:
@@ -182,6 +188,41 @@ def train(recipe: Recipe, datamodule: "SegmentationDataModule", folder: Path) ->
     if trainer.is_global_zero and trainer.current_epoch >= recipe.trainer.max_epochs:
         _note(folder, finished=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
     return folder
+
+
+def write_plan(folder: Path, datamodule: "SegmentationDataModule") -> None:
+    """Write plan.json, what each epoch will do, and pictures of the simplest and the most complex images."""
+    batches, slimming = datamodule.batches, datamodule.data_slimming
+    plan: dict[str, Any] = {
+        "scales": list(slimming.scales if slimming else (1.0,)),
+        "sizes": [list(size) for size in batches.sizes],
+        "epochs": [vars(summary) for summary in datamodule.schedule],
+        "complexity": None,
+        "weights": None,
+    }
+    if slimming is not None:
+        table = datamodule.table
+        plan["complexity"] = {"measure": slimming.measure, "names": list(table.names), "values": table.values.tolist()}
+        plan["weights"] = batches.plan(len(datamodule.schedule) - 1).weight.tolist()
+        order = np.argsort(table.values, kind="stable")
+        _thumbnails(folder / "pictures", datamodule, {"simple": order[:4], "complex": order[::-1][:4]})
+    _replace(folder / "plan.json", json.dumps(plan))
+    dense = len(batches.quantiles) * batches.sizes[-1][0] * batches.sizes[-1][1] * len(datamodule.schedule)
+    share = sum(summary.pixels for summary in datamodule.schedule) / dense
+    steps = sum(summary.steps for summary in datamodule.schedule)
+    rank_zero_info(f"{len(batches.quantiles)} training images, {steps} steps, {share:.2f} of the dense pixels")
+
+
+def _thumbnails(folder: Path, datamodule: "SegmentationDataModule", chosen: dict[str, Any]) -> None:
+    from PIL import Image
+
+    folder.mkdir(parents=True, exist_ok=True)
+    source = datamodule.source("train")
+    for kind, indices in chosen.items():
+        for number, index in enumerate(indices):
+            picture = Image.fromarray(np.asarray(source.load(int(index)).image))
+            picture.thumbnail((320, 320))
+            picture.save(folder / f"complexity_{kind}_{number}_{Path(source.names[index]).name}.png")
 
 
 def load_model(path: Path, *, averaged: bool = True) -> tuple[nn.Module, dict[str, Any]]:
@@ -223,6 +264,18 @@ def load_run(folder: Path, choice: str = "best") -> tuple[nn.Module, dict[str, A
     path, _ = checkpoint_of(folder / "checkpoints", choice)
     model, record = load_model(path)
     return model, record, path
+
+
+@torch.inference_mode()
+def evaluate(model: nn.Module, datamodule: "SegmentationDataModule", split: str) -> Scores:
+    """The scores of a network on a split, at the labels' own resolution, with a progress bar."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = model.to(device).eval()
+    matrix = np.zeros((len(datamodule.classes),) * 2, np.int64)
+    for batch in tqdm(datamodule.evaluation_loader(split), desc=f"evaluate {split}", unit="image"):
+        labels = predict_labels(model, normalise(batch.images.to(device)), tuple(batch.labels.shape[-2:]))
+        matrix += np.asarray(confusion_matrix(labels.cpu().numpy(), batch.labels.numpy(), len(datamodule.classes)))
+    return scores(matrix)
 
 
 def _open_folder(recipe: Recipe, folder: Path) -> None:
@@ -286,7 +339,11 @@ def _notes(folder: Path) -> dict[str, Any]:
 
 
 def _note(folder: Path, **facts: Any) -> None:
-    path = folder / "run.json"
+    _replace(folder / "run.json", json.dumps({**_notes(folder), **facts}, indent=2) + "\n")
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps({**_notes(folder), **facts}, indent=2) + "\n")
+    temporary.write_text(text)
     temporary.replace(path)

@@ -110,12 +110,12 @@ def recipe_record(recipe: Recipe) -> dict[str, Any]:
     return plain(recipe)
 
 
-def recipe_from_record(record: dict[str, Any], *, at: str = "recipe") -> Recipe:
-    """The recipe that `recipe_record` wrote.
+def recipe_from_record(record: dict[str, Any], overrides: Sequence[str] = (), *, at: str = "recipe") -> Recipe:
+    """The recipe that `recipe_record` wrote, with overrides.
 
     Raises ValueError like `load_recipe`.
     """
-    return parse_recipe(yaml.safe_dump(record), at=at, name=str(record.get("name", "run")))
+    return parse_recipe(yaml.safe_dump(record), overrides, at=at, name=str(record.get("name", "run")))
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:

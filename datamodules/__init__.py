@@ -14,10 +14,7 @@ def build_datamodule(recipe: "Recipe") -> "SegmentationDataModule":
 
     Raises ValueError for a name or an argument that does not exist.
     """
-    from datamodules.ade20k import ADE20KDataModule
-    from datamodules.camvid import CamVidDataModule
-    from datamodules.cityscapes import CityscapesDataModule
-    from datamodules.folder import FolderDataModule
+    from datamodules.files import ADE20KDataModule, CamVidDataModule, CityscapesDataModule, FolderDataModule
     from datamodules.shapes import ShapesDataModule
 
     # Here and not at the top: they bring in Lightning, and readers, scenes and sampler are of use without it.

@@ -9,6 +9,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import torch
 from pytorch_lightning import LightningDataModule
+from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
@@ -21,7 +22,7 @@ from datamodules.complexity_table import ComplexityTable, complexity_table
 from datamodules.decoded_cache import open_cache
 from datamodules.label_table import LabelTable
 from datamodules.sampler import EpochSummary, SameScaleBatches
-from datamodules.sources import FileSource, Pair, hold_out, usable_pairs
+from datamodules.sources import Pair
 from datamodules.transforms import Augmentation, EvaluationImages, TrainingImages, worker_init
 
 STATISTICS = 5  # stream of random numbers: which images BatchNorm statistics are re-estimated on
@@ -151,7 +152,7 @@ class SegmentationDataModule(LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         """Open the data on every rank."""
         if stage in (None, "fit"):
-            _ = self.batches
+            self.batches.share(*self._ranks)
             if self.data_slimming is not None:
                 # Charged whenever it was paid: an efficiency claim includes its own overhead.
                 self.charges = {"scoring": self.table.seconds_decoding + self.table.seconds_scoring}
@@ -159,20 +160,26 @@ class SegmentationDataModule(LightningDataModule):
     @cached_property
     def batches(self) -> SameScaleBatches:
         """The batch sampler of the whole run."""
-        ranks, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
         slimming = self.data_slimming
+        quantile_N = quantiles(self.table.values) if slimming else np.zeros(len(self.source("train")))
+        rare = None
+        if slimming is not None:
+            rare = rare_images(self.table.classes_present, slimming.rare_class_images)
+            _say_protected(quantile_N < slimming.drop_below, rare)
         return SameScaleBatches(
-            quantiles(self.table.values) if slimming else np.zeros(len(self.source("train"))),
+            quantile_N,
             slimming,
             crop=self.crop,
             stride=self.stride,
             batch_size=self.batch_size,
             epochs=self.epochs,
             seed=self.seed,
-            rare=rare_images(self.table.classes_present, slimming.rare_class_images) if slimming else None,
-            num_ranks=ranks,
-            rank=rank,
+            rare=rare,
         )
+
+    @property
+    def _ranks(self) -> tuple[int, int]:
+        return (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
 
     @property
     def schedule(self) -> list[EpochSummary]:
@@ -199,7 +206,7 @@ class SegmentationDataModule(LightningDataModule):
     def evaluation_loader(self, split: str) -> DataLoader:
         """The full images of a split."""
         images = EvaluationImages(self.source(split), self.resolution)
-        ranks, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
+        ranks, rank = self._ranks
         return self._loader(Subset(images, range(rank, len(images), ranks)), batch_size=None)
 
     def _loader(self, images: Any, **how: Any) -> DataLoader:
@@ -235,55 +242,6 @@ class SegmentationDataModule(LightningDataModule):
         return batch._replace(images=normalise(batch.images), labels=batch.labels.long())
 
 
-class FileDataModule(SegmentationDataModule):
-    """A data set of image and label files under `root`; subclasses say how they are found."""
-
-    def __init__(self, root: str, **loading: Any) -> None:
-        super().__init__(**loading)
-        self.root = Path(root).expanduser()
-        self._pairs: dict[str, tuple[list[Pair], LabelTable]] = {}
-
-    def read_split(self, split: str) -> tuple[list[Pair], LabelTable]:
-        """The files of the data set's own split, and their label table."""
-        raise NotImplementedError
-
-    def pairs(self, split: str) -> list[Pair]:
-        """The files of a split after `hold_out` and quarantine, in a fixed order."""
-        own = "train" if split == "held_out" else split
-        if own not in self._pairs:
-            found, table = self.read_split(own)
-            usable = usable_pairs(found, table, self.bad_files, self.bad_files_cap)
-            self._pairs[own] = (usable, table)
-        found = self._pairs[own][0]
-        if own == "train" and self.held is not None:
-            kept, held = hold_out(found, self.held)
-            return held if split == "held_out" else kept
-        return found
-
-    @property
-    def label_table(self) -> LabelTable:
-        """The one table from raw label ids to classes."""
-        if not self._pairs:
-            self.pairs("train")
-        return next(iter(self._pairs.values()))[1]
-
-    def raw_source(self, split: str) -> FileSource:  # type: ignore[override]
-        """The images of a split as they are on disk."""
-        pairs = self.pairs(split)
-        return FileSource(pairs, self._pairs["train" if split == "held_out" else split][1])
-
-    def sources_for_check(self) -> dict[str, tuple[list[Pair], LabelTable]]:
-        """The files of each split that is there."""
-        found = {"train": self.read_split("train")}
-        for split in ("val", "test"):
-            try:
-                found[split] = self.read_split(split)
-            except (ValueError, OSError):
-                if split == self.validate_on:
-                    raise
-        return found
-
-
 class EpochOfBatches:
     """What is left of one epoch. Iterating starts the workers with the first batch and not before: Lightning asks
     for two iterators an epoch and uses one.
@@ -307,6 +265,18 @@ def _position(trainer: Any) -> tuple[int, int]:
         if isinstance(callback, ExactResume) and callback.epoch == trainer.current_epoch:
             return callback.epoch, callback.batch
     return trainer.current_epoch, 0
+
+
+def _say_protected(droppable: np.ndarray, rare: np.ndarray) -> None:
+    """Say how many images a rare class keeps from being dropped, loudly when that is most of them."""
+    protected, could = int((droppable & rare).sum()), int(droppable.sum())
+    if not could:
+        return
+    said = f"{protected} of the {could} simple images that could be dropped are kept for a rare class"
+    if protected > could / 2:
+        rank_zero_warn(f"{said}: dropping saves little; lower data_slimming.rare_class_images")
+    elif protected:
+        rank_zero_info(said)
 
 
 def _as_it_is(batch: Batch) -> Batch:

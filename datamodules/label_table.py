@@ -167,6 +167,10 @@ def count_ids(raw: np.ndarray) -> dict[int, int]:
     >>> count_ids(np.array([[3, 3], [0, 3]], np.uint8))
     {0: 1, 3: 3}
     """
+    if raw.dtype == np.uint8:  # counting takes a tenth of the time of sorting
+        counts = np.bincount(raw.ravel(), minlength=256)
+        ids = np.flatnonzero(counts)
+        return dict(zip(ids.tolist(), counts[ids].tolist(), strict=True))
     ids, counts = np.unique(raw, return_counts=True)
     return dict(zip(ids.tolist(), counts.tolist(), strict=True))
 

@@ -63,12 +63,8 @@ class SameScaleBatches:
     ) -> None:
         self.quantiles = np.asarray(quantiles, dtype=np.float64)
         num_images = len(self.quantiles)
-        if batch_size % num_ranks or batch_size < 2 * num_ranks:
-            raise ValueError(
-                f"batch_size {batch_size} counts the images of all ranks: it must divide by the {num_ranks} ranks and "
-                f"leave each at least 2 (BatchNorm needs two); the nearest is "
-                f"{max(2, round(batch_size / num_ranks)) * num_ranks}"
-            )
+        self.batch_size, self.epochs, self.seed = batch_size, epochs, seed
+        self.share(num_ranks, rank)
         if batch_size > num_images:
             raise ValueError(f"batch_size {batch_size} exceeds the {num_images} training images; make it smaller")
         self.options = options
@@ -78,11 +74,19 @@ class SameScaleBatches:
         by_pixels = options is not None and options.batch_by == "pixels"
         # Multiples of batch_size, so that a batch divides among as many ranks whatever its scale.
         self.images_per_batch = [batch_size * (int(1 / scale**2) if by_pixels else 1) for scale in scales]
-        self.batch_size, self.epochs, self.seed = batch_size, epochs, seed
-        self.num_ranks, self.rank = num_ranks, rank
         self.epoch, self.start = 0, 0
         self._carried: list[np.ndarray] = [np.empty(0, np.int64)]
         self.schedule = [self._summarise(epoch) for epoch in range(epochs)]
+
+    def share(self, num_ranks: int, rank: int) -> None:
+        """Yield the slice of every global batch that belongs to one rank of several."""
+        if self.batch_size % num_ranks or self.batch_size < 2 * num_ranks:
+            raise ValueError(
+                f"batch_size {self.batch_size} counts the images of all ranks: it must divide by the {num_ranks} ranks "
+                f"and leave each at least 2 (BatchNorm needs two); the nearest is "
+                f"{max(2, round(self.batch_size / num_ranks)) * num_ranks}"
+            )
+        self.num_ranks, self.rank = num_ranks, rank
 
     def plan(self, epoch: int) -> Plan:
         """What the epoch does with each image."""

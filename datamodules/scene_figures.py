@@ -1,52 +1,54 @@
-"""The shapes of vehicles, people and bicycles, in metres, before they get a place, a turn, colours and a class.
+"""The shapes of trees, vehicles, people and bicycles, before they get a place, a turn, colours and a class.
 
-A figure stands on the ground around (0, 0, 0): x to its right, y up, z ahead of it. Its parts have roles ("coat",
-"glass") that get their colours when it is painted.
+A figure stands on the ground around (0, 0, 0), in metres: x to its right, y up, z ahead of it. Its parts have roles
+("coat", "glass") that get their colours when it is painted.
 """
 
+import random
 from collections.abc import Sequence
 from functools import lru_cache
+from math import cos, hypot, pi, sin, sqrt
 from typing import NamedTuple
 
 import numpy as np
 
-Point = tuple[float, float, float]
+Point = Sequence[float]  # x, y, z
 Part = tuple[str, Sequence[Point]]  # a role and a convex polygon
-
-
-class FaceSeen(NamedTuple):
-    """Parts to paint in this order: (role, first point, behind the last point)."""
-
-    parts: tuple[tuple[str, int, int], ...]
-    brightness: float
+Span = tuple[str, int, int]  # a role, the first of its points and the one behind its last
 
 
 class Figure:
     """Faces, each a plane polygon with details painted over it; a solid figure hides the faces turned away."""
 
-    def __init__(self, faces: Sequence[Sequence[Part]], *, solid: bool, shining: frozenset[str] = frozenset()) -> None:
-        self.solid, self.shining = solid, shining
-        polygons = [np.asarray(points, np.float64) for parts in faces for _, points in parts]
+    def __init__(self, faces: Sequence[Sequence[Part]], *, solid: bool) -> None:
+        polygons = [np.asarray(points, float) for parts in faces for _, points in parts]
         self.points = np.concatenate(polygons)
         ends = np.cumsum([len(polygon) for polygon in polygons]).tolist()
-        spans = iter(zip([0, *ends], ends, strict=False))
-        self.parts = tuple(tuple((role, *next(spans)) for role, _ in parts) for parts in faces)
-        planes = [np.asarray(parts[0][1], np.float64) for parts in faces]
-        self.centres = np.stack([plane.mean(0) for plane in planes])
-        self.normals = np.stack([np.cross(plane[1] - plane[0], plane[2] - plane[0]) for plane in planes])
-        self.normals /= np.linalg.norm(self.normals, axis=1, keepdims=True)
-        inward = ((self.centres - self.points.mean(0)) * self.normals).sum(1) < 0
-        self.normals[inward] *= -1
+        spans = iter(zip([0, *ends[:-1]], ends, strict=True))
+        self.faces: list[list[Span]] = [[(role, *next(spans)) for role, _ in parts] for parts in faces]
+        self.half_length = float(np.abs(self.points[:, 2]).max())
+        self.half_width = float(np.abs(self.points[:, 0]).max())
+        self.solid = solid
+        if solid:
+            planes = [np.asarray(parts[0][1], float) for parts in faces]
+            self.centres = np.stack([plane.mean(0) for plane in planes])
+            normals = np.stack([np.cross(plane[1] - plane[0], plane[2] - plane[0]) for plane in planes])
+            inward = ((self.centres - self.points.mean(0)) * normals).sum(1) < 0
+            normals[inward] *= -1
+            self.normals = normals / np.linalg.norm(normals, axis=1, keepdims=True)
 
-    def faces_seen(self, turn: np.ndarray, camera: np.ndarray) -> list[FaceSeen]:
-        """The faces that a camera at this place, relative to the figure's, sees once it is turned; far to near."""
+    def faces_seen(self, turn: np.ndarray, camera: np.ndarray) -> list[tuple[list[Span], float]]:
+        """The faces, far to near, that a camera at this place (3,) sees, with their brightness.
+
+        `turn` (3, 3) turns the figure's points from the right; the camera's place is relative to the figure's.
+        """
         if not self.solid:
-            return [FaceSeen(parts, 1.0) for parts in self.parts]
+            return [(spans, 1.0) for spans in self.faces]
         normals, towards = self.normals @ turn, camera - self.centres @ turn
-        seen = (normals * towards).sum(1) > 0
-        far_to_near = np.argsort(-(towards**2).sum(1), kind="stable")
-        brightness = 0.86 + 0.16 * normals[:, 1] - 0.1 * np.abs(normals[:, 0])
-        return [FaceSeen(self.parts[i], float(brightness[i])) for i in far_to_near if seen[i]]
+        far_to_near = np.argsort(-(towards * towards).sum(1), kind="stable").tolist()
+        seen = ((normals * towards).sum(1) > 0).tolist()
+        brightness = (0.86 + 0.16 * normals[:, 1] - 0.1 * np.abs(normals[:, 0])).tolist()
+        return [(self.faces[i], brightness[i]) for i in far_to_near if seen[i]]
 
 
 def across(z: float, low: float, high: float, left: float, right: float, z_high: float | None = None) -> list[Point]:
@@ -57,27 +59,56 @@ def across(z: float, low: float, high: float, left: float, right: float, z_high:
 
 def wheel(x: float, y: float, z: float, radius: float, corners: int = 10) -> list[Point]:
     """A disc that rolls along z."""
-    angles = np.arange(corners) * (2 * np.pi / corners)
-    return [(x, y + radius * float(np.sin(a)), z + radius * float(np.cos(a))) for a in angles]
+    angles = [2 * pi * corner / corners for corner in range(corners)]
+    return [(x, y + radius * sin(angle), z + radius * cos(angle)) for angle in angles]
 
 
 def ball(x: float, y: float, z: float, radius: float, corners: int = 8) -> list[Point]:
     """A disc turned to the viewer."""
-    angles = np.arange(corners) * (2 * np.pi / corners)
-    return [(x + radius * float(np.cos(a)), y + radius * float(np.sin(a)), z) for a in angles]
+    return [(x + u, v, z) for _, v, u in wheel(0, y, 0, radius, corners)]
 
 
 def limb(start: tuple[float, float], end: tuple[float, float], width: float, z: float = 0.0) -> list[Point]:
     """A bar between two points (x, y), turned to the viewer."""
     (x0, y0), (x1, y1) = start, end
-    length = max(float(np.hypot(x1 - x0, y1 - y0)), 1e-6)
+    length = max(hypot(x1 - x0, y1 - y0), 1e-6)
     dx, dy = -(y1 - y0) / length * width / 2, (x1 - x0) / length * width / 2
     return [(x0 + dx, y0 + dy, z), (x1 + dx, y1 + dy, z), (x1 - dx, y1 - dy, z), (x0 - dx, y0 - dy, z)]
 
 
 def rod(start: tuple[float, float], end: tuple[float, float], width: float, x: float = 0.0) -> list[Point]:
     """A bar between two points (z, y), in the plane in which a bicycle rolls."""
-    return [(x, y, u) for u, y, _ in limb(start, end, width)]
+    return [(x, y, z) for z, y, _ in limb(start, end, width)]
+
+
+class Crown(NamedTuple):
+    """The leaves of a tree as discs, in units of its spread: places (N, 2), radii, tones 0 (dark) to 4, dark first."""
+
+    places: np.ndarray  # x in [-1, 1], y in [0, 1] of the crown's height
+    radii: np.ndarray
+    tones: np.ndarray
+    rim: np.ndarray  # which discs lie outside, where hand-made labels are vague
+
+
+CROWNS = 16
+
+
+@lru_cache(maxsize=2 * CROWNS)
+def crown(kind: int, conifer: bool) -> Crown:
+    """One of CROWNS crowns, the same in every scene."""
+    draw = random.Random(kind)
+    discs = []
+    for _ in range(36):
+        angle, out = draw.uniform(0, 2 * pi), 0.92 * sqrt(draw.random())
+        x, y = out * cos(angle), out * sin(angle) * 0.5 + 0.5
+        radius = draw.uniform(0.24, 0.42) * (1.1 - 0.5 * out)
+        if conifer:
+            x, radius = x * (1.02 - y), radius * (0.8 - 0.5 * y)
+        tone = min(4, max(0, round(0.9 + 2.1 * y - 0.7 * x + draw.gauss(0, 0.7) + 0.6 * (out - 0.5))))
+        discs.append((tone, x, y, radius, out > 0.8))
+    discs.sort(key=lambda disc: disc[0])
+    tones, x, y, radii, rim = (np.array(column) for column in zip(*discs, strict=True))
+    return Crown(np.stack([x, y], -1), radii, tones, rim)
 
 
 def vehicle(
@@ -91,14 +122,18 @@ def vehicle(
 ) -> Figure:
     """A body, a cabin with windows, wheels and lights; `cabin` is measured from the rear bumper."""
     rear, roof_rear, roof_front, front = cabin
-    floor, inner = 0.62 * wheel_radius, half * 0.86
-    tumble = inner if roof < 2 else half * 0.97  # cars are narrower at the roof, vans and buses are not
+    floor = 0.62 * wheel_radius
+    narrow = half * (0.86 if roof < 2 else 0.97)  # cars are narrower at the roof, vans and buses are not
     glass_low, glass_high = shoulder + 0.06, roof - 0.09
 
-    def on_cabin(height: float, below: float, above: float) -> float:
+    def slanted(height: float, below: float, above: float) -> float:
         return below + (above - below) * (height - shoulder) / (roof - shoulder)
 
-    def end_face(z: float, lamp: str, z_low: float, z_high: float) -> list[list[Part]]:
+    def end(z: float, lamp: str, z_low: float, z_high: float) -> list[list[Part]]:
+        low, high = slanted(glass_low, z_low, z_high), slanted(glass_high, z_low, z_high)
+        wide, top = half - 0.1, narrow - 0.1
+        pillars = [(-half, shoulder, z_low), (half, shoulder, z_low), (narrow, roof, z_high), (-narrow, roof, z_high)]
+        screen = [(-wide, glass_low, low), (wide, glass_low, low), (top, glass_high, high), (-top, glass_high, high)]
         body: list[Part] = [
             ("body", across(z, floor, shoulder, -half, half)),
             ("tyre", across(z, 0.0, floor, -half, -half + 0.22)),
@@ -108,57 +143,34 @@ def vehicle(
             (lamp, across(z, shoulder - 0.24, shoulder - 0.08, half - 0.32, half - 0.05)),
             ("plate", across(z, floor + 0.2, floor + 0.32, -0.26, 0.26)),
         ]
-        low, high = on_cabin(glass_low, z_low, z_high), on_cabin(glass_high, z_low, z_high)
-        screen: list[Part] = [
-            (
-                "body",
-                [(-half, shoulder, z_low), (half, shoulder, z_low), (tumble, roof, z_high), (-tumble, roof, z_high)],
-            ),
-            (
-                "glass",
-                [
-                    (-half + 0.1, glass_low, low),
-                    (half - 0.1, glass_low, low),
-                    (tumble - 0.1, glass_high, high),
-                    (-tumble + 0.1, glass_high, high),
-                ],
-            ),
-        ]
-        return [body, screen]
+        return [body, [("body", pillars), ("glass", screen)]]
 
-    def side(sign: float) -> list[list[Part]]:
-        x, top = sign * half, sign * tumble
+    def flank(x: float, top: float) -> list[list[Part]]:
         wheels = (0.19 * length, 0.8 * length)
         body: list[Part] = [("body", [(x, floor, 0), (x, floor, length), (x, shoulder, length), (x, shoulder, 0)])]
         body += [("trim", [(x, floor, 0), (x, floor, length), (x, floor + 0.1, length), (x, floor + 0.1, 0)])]
         body += [("tyre", wheel(x, wheel_radius, z, wheel_radius)) for z in wheels]
-        body += [("hub", wheel(x, wheel_radius, z, wheel_radius * 0.55, 8)) for z in wheels]
-        windows: list[Part] = [
-            ("body", [(x, shoulder, rear), (x, shoulder, front), (top, roof, roof_front), (top, roof, roof_rear)])
-        ]
-        low = np.linspace(
-            on_cabin(glass_low, rear, roof_rear) + 0.1, on_cabin(glass_low, front, roof_front) - 0.1, panes + 1
-        )
-        high = np.linspace(
-            on_cabin(glass_high, rear, roof_rear) + 0.1, on_cabin(glass_high, front, roof_front) - 0.1, panes + 1
-        )
+        body += [("hub", wheel(x, wheel_radius, z, wheel_radius * 0.55, 6)) for z in wheels]
+        pillars = [(x, shoulder, rear), (x, shoulder, front), (top, roof, roof_front), (top, roof, roof_rear)]
+        windows: list[Part] = [("body", pillars)]
+        below = [slanted(glass_low, rear, roof_rear) + 0.1, slanted(glass_low, front, roof_front) - 0.02]
+        above = [slanted(glass_high, rear, roof_rear) + 0.1, slanted(glass_high, front, roof_front) - 0.02]
+        low, high = np.linspace(*below, panes + 1).tolist(), np.linspace(*above, panes + 1).tolist()
         for pane in range(panes):
             a, b, c, d = low[pane], low[pane + 1] - 0.08, high[pane + 1] - 0.08, high[pane]
-            windows.append(
-                ("glass", [(x, glass_low, a), (x, glass_low, b), (top, glass_high, c), (top, glass_high, d)])
-            )
+            glass = [(x, glass_low, a), (x, glass_low, b), (top, glass_high, c), (top, glass_high, d)]
+            windows.append(("glass", glass))
         return [body, windows]
 
-    faces = end_face(0.0, "rear_lamp", rear, roof_rear) + end_face(length, "front_lamp", front, roof_front)
-    faces += side(-1.0) + side(1.0)
-    faces.append([("body", across(roof_rear, roof, roof, -tumble, tumble, roof_front))])
+    faces = end(0.0, "rear_lamp", rear, roof_rear) + end(length, "front_lamp", front, roof_front)
+    faces += flank(-half, -narrow) + flank(half, narrow)
+    faces.append([("body", across(roof_rear, roof, roof, -narrow, narrow, roof_front))])
     if rear > 0.2:
         faces.append([("body", across(0.0, shoulder, shoulder, -half, half, rear))])
     if front < length - 0.2:
         faces.append([("body", across(front, shoulder, shoulder, -half, half, length))])
-    middle = length / 2
-    centred = [[(role, [(x, y, z - middle) for x, y, z in points]) for role, points in parts] for parts in faces]
-    return Figure(centred, solid=True, shining=frozenset({"rear_lamp", "front_lamp"}))
+    centred = [[(role, [(x, y, z - length / 2) for x, y, z in points]) for role, points in parts] for parts in faces]
+    return Figure(centred, solid=True)
 
 
 @lru_cache(maxsize=1)
@@ -179,8 +191,8 @@ POSES = 8
 
 @lru_cache(maxsize=POSES)
 def walker(pose: int) -> Figure:
-    """A person 1.75 m tall in one of POSES phases of a step; the first stands still."""
-    swing = 0.3 * float(np.sin(2 * np.pi * pose / POSES)) if pose else 0.06
+    """A person 1.75 m tall in one of POSES phases of a step; in the first they stand still."""
+    swing = 0.3 * sin(2 * pi * pose / POSES) if pose % 4 else 0.06
     hip, shoulder = 0.9, 1.44
     parts: list[Part] = [
         ("sleeve", limb((-0.17, shoulder - 0.04), (-0.22 - 0.55 * swing, 0.92), 0.11)),
@@ -190,7 +202,6 @@ def walker(pose: int) -> Figure:
         ("shoes", limb((0.04 + swing, 0.04), (0.18 + swing, 0.04), 0.09)),
         ("coat", [(-0.19, hip - 0.1, 0), (0.19, hip - 0.1, 0), (0.22, shoulder, 0), (-0.22, shoulder, 0)]),
         ("sleeve", limb((0.18, shoulder - 0.04), (0.22 + 0.55 * swing, 0.92), 0.11)),
-        ("skin", ball(0.22 + 0.55 * swing, 0.89, 0, 0.055, 5)),
         ("skin", limb((0, shoulder - 0.03), (0, shoulder + 0.1), 0.11)),
         ("hair", ball(0, 1.635, 0, 0.125)),
         ("skin", ball(0.02, 1.605, 0, 0.095)),
@@ -202,36 +213,38 @@ def walker(pose: int) -> Figure:
 
 @lru_cache(maxsize=POSES)
 def cyclist(pose: int) -> Figure:
-    """A person on a bicycle that rolls along z, in one of POSES turns of the pedals."""
-    angle = 2 * np.pi * pose / POSES
-    pedal = (0.17 * float(np.cos(angle)), 0.17 * float(np.sin(angle)))
+    """A person on a bicycle that rolls along z, in one of POSES turns of the pedals.
+
+    Everything is drawn twice, in the plane of the wheels and across it: flat shapes vanish when seen edge on.
+    """
+    turned_z, turned_y = 0.17 * cos(2 * pi * pose / POSES), 0.17 * sin(2 * pi * pose / POSES)
+    saddle, bars, crank = (-0.2, 0.92), (0.42, 1.0), (-0.02, 0.34)  # z, y
     parts: list[Part] = []
     for z in (-0.52, 0.52):
         parts += [("tyre", wheel(0, 0.34, z, 0.34, 12)), ("spokes", wheel(0, 0.34, z, 0.26, 10))]
         parts += [("tyre", across(z, 0.0, 0.62, -0.035, 0.035))]
-    saddle, bars, crank = (-0.2, 0.92), (0.42, 1.0), (-0.02, 0.34)
     for start, end in ((saddle, crank), (crank, bars), (saddle, bars), (bars, (0.52, 0.34)), (saddle, (-0.52, 0.34))):
         parts.append(("frame", rod(start, end, 0.06)))
-    for sign in (-1.0, 1.0):
-        foot = (crank[0] + sign * pedal[0], crank[1] + sign * pedal[1])
-        knee = ((saddle[0] + foot[0]) / 2 + 0.18, (saddle[1] + foot[1]) / 2 + 0.1)
+    for sign in (-1, 1):
         x = sign * 0.1
-        parts += [("trousers", rod((saddle[0], 0.98), knee, 0.17, x)), ("trousers", rod(knee, foot, 0.13, x))]
-        # The same leg seen from behind: the bars above are thin there.
+        foot = (crank[0] + sign * turned_z, crank[1] + sign * turned_y)
+        knee = ((saddle[0] + foot[0]) / 2 + 0.18, (saddle[1] + foot[1]) / 2 + 0.1)
         parts += [
+            ("trousers", rod((saddle[0], 0.98), knee, 0.17, x)),
+            ("trousers", rod(knee, foot, 0.13, x)),
             ("trousers", limb((x, 0.98), (1.5 * x, knee[1]), 0.16)),
             ("trousers", limb((1.5 * x, knee[1]), (x, foot[1]), 0.12)),
-        ]
-        parts += [("shoes", limb((x - 0.05, foot[1]), (x + 0.05, foot[1]), 0.08, foot[0]))]
-        parts += [
+            ("shoes", limb((x - 0.05, foot[1]), (x + 0.05, foot[1]), 0.08, foot[0])),
             ("sleeve", rod((0.1, 1.42), bars, 0.1, sign * 0.2)),
             ("sleeve", limb((sign * 0.19, 1.4), (sign * 0.27, 1.05), 0.1, 0.2)),
         ]
-    parts += [("frame", across(0.42, 0.98, 1.03, -0.28, 0.28))]
     parts += [
+        ("frame", across(0.42, 0.98, 1.03, -0.28, 0.28)),
         ("coat", rod((-0.2, 0.95), (0.12, 1.46), 0.3)),
         ("coat", [(-0.17, 0.92, -0.1), (0.17, 0.92, -0.1), (0.22, 1.45, 0.1), (-0.22, 1.45, 0.1)]),
+        ("skin", ball(0, 1.6, 0.18, 0.1)),
+        ("skin", wheel(0, 1.6, 0.18, 0.1, 8)),
+        ("helmet", ball(0, 1.67, 0.16, 0.12)),
+        ("helmet", wheel(0, 1.67, 0.16, 0.12, 8)),
     ]
-    parts += [("skin", ball(0, 1.6, 0.18, 0.1)), ("skin", wheel(0, 1.6, 0.18, 0.1, 8))]
-    parts += [("helmet", ball(0, 1.67, 0.16, 0.12)), ("helmet", wheel(0, 1.67, 0.16, 0.12, 8))]
     return Figure([parts], solid=False)

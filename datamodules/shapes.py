@@ -1,5 +1,6 @@
 """Street scenes drawn on demand from a seed: the data set that needs no download."""
 
+import hashlib
 from functools import cached_property
 from typing import Any
 
@@ -8,6 +9,7 @@ from datamodules.base import SegmentationDataModule, _size, _whole
 from datamodules.label_table import LabelTable
 from datamodules.scenes import CLASSES, PALETTE, render_scene
 
+SCENES_VERSION = 1  # raise it when scenes are drawn otherwise, or stores of old ones would be taken
 SPLITS = {"train": 0, "val": 1_000_000, "test": 2_000_000}  # index of the first scene
 
 
@@ -18,7 +20,8 @@ class Scenes:
         self.seed, self.first, self.size = seed, first, size
         self.names = tuple(f"scene_{first + i:07d}" for i in range(count))
         self.groups = tuple("scenes" for _ in range(count))
-        self.fingerprint = f"scenes-v1-{seed}-{first}-{count}-{size[0]}x{size[1]}"
+        drawn = f"scenes {SCENES_VERSION} {seed} {first} {count} {size[0]}x{size[1]}"
+        self.fingerprint = hashlib.sha256(drawn.encode()).hexdigest()
 
     def __len__(self) -> int:
         return len(self.names)

@@ -1,0 +1,115 @@
+"""BatchNorm statistics re-estimated on given images: after a cut, for a subnet, before choosing a checkpoint.
+
+While training, BatchNorm keeps moving averages over the batches seen last, at whatever sizes they had. Statistics of
+small images do not fit large ones (and those of one subnet not another), so before a network is judged they are taken
+anew from images like those it will be judged on.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from dance_seg.distributed import num_ranks, sum_over_ranks
+
+
+@torch.no_grad()
+def reestimate_batch_norm(model: nn.Module, batches: Iterable[Tensor]) -> None:
+    """Replace the statistics of every BatchNorm layer by those of the given images.
+
+    Each batch of images (N, 3, H, W), on the model's device, is passed once; sizes may differ between batches. A
+    layer's mean and variance are those of all the values that reached it, over all images and ranks (law of total
+    variance), so that neither the order of batches nor a smaller last one matters; inside, each batch is normalised by
+    its own statistics. Other layers run as in evaluation. The model's mode is restored; a layer that nothing reached
+    keeps its statistics, and without any BatchNorm the images are not even fetched.
+
+    Raises ValueError when there are no images, and for a batch with a single value per channel. After any error the old
+    statistics are back.
+
+    >>> layer = nn.BatchNorm2d(1)
+    >>> reestimate_batch_norm(layer, [torch.tensor([[[[1.0, 2.0, 6.0]]]]), torch.tensor([[[[3.0, 3.0, 3.0]]]])])
+    >>> layer.running_mean, layer.running_var  # of 1, 2, 6, 3, 3, 3: the variance is 14 / 5, unbiased
+    (tensor([3.]), tensor([2.8000]))
+    """
+    layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+    if not layers:
+        return
+    with _restored_on_error(layers), _only_these_train(model, layers), _Moments(layers) as moments:
+        num_batches = 0
+        for images in batches:
+            model(images)
+            num_batches += 1
+        if not num_batches:
+            raise ValueError("no images to re-estimate BatchNorm statistics from; give at least one batch")
+        for layer in layers:
+            moments.write(layer)
+
+
+class _Moments:
+    """Count, sum and sum of squares of the values that reach each layer, from the statistics it takes of each batch."""
+
+    def __init__(self, layers: list[_BatchNorm]) -> None:
+        self.layers = layers
+        self.sums = {layer: torch.zeros(3, layer.num_features, dtype=torch.float64) for layer in layers}
+
+    def __enter__(self) -> "_Moments":
+        self.momenta = [layer.momentum for layer in self.layers]
+        self.hooks = [
+            layer.register_forward_pre_hook(lambda layer, inputs: layer.reset_running_stats()) for layer in self.layers
+        ]
+        self.hooks += [layer.register_forward_hook(self._add) for layer in self.layers]
+        for layer in self.layers:
+            layer.momentum = 1.0  # the running statistics are then those of the last batch, computed anyway
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for layer, momentum in zip(self.layers, self.momenta, strict=True):
+            layer.momentum = momentum
+        for hook in self.hooks:
+            hook.remove()
+
+    def _add(self, layer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        count = inputs[0].numel() // layer.num_features
+        mean = layer.running_mean.cpu().double()
+        variance = layer.running_var.cpu().double() * (count - 1) / count  # torch keeps the unbiased one
+        self.sums[layer] += torch.stack([torch.full_like(mean, count), count * mean, count * (variance + mean**2)])
+
+    def write(self, layer: Any) -> None:
+        sums = self.sums[layer]
+        if num_ranks() > 1:
+            sums = sum_over_ranks(sums.to(layer.running_mean.device)).cpu()
+        count, total, squares = sums
+        if not count.any():
+            return
+        mean = total / count
+        layer.running_mean.copy_(mean)
+        layer.running_var.copy_((squares / count - mean**2).clamp(min=0) * count / (count - 1))
+
+
+@contextmanager
+def _only_these_train(model: nn.Module, layers: list[_BatchNorm]) -> Iterator[None]:
+    """The whole model evaluates, dropout off, and only the layers take statistics."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    for layer in layers:
+        layer.training = True
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
+def _restored_on_error(layers: list[_BatchNorm]) -> Iterator[None]:
+    before = [{name: buffer.clone() for name, buffer in layer.named_buffers()} for layer in layers]
+    try:
+        yield
+    except BaseException:
+        for layer, buffers in zip(layers, before, strict=True):
+            for name, buffer in layer.named_buffers():
+                buffer.copy_(buffers[name])
+        raise

@@ -1,0 +1,9 @@
+"""The networks a recipe can name: one literal table, `model.name` -> the class that `model.args` build."""
+
+from collections.abc import Callable
+
+from torch import nn
+
+from dance_seg.models.smp import SmpModel
+
+MODELS: dict[str, Callable[..., nn.Module]] = {"smp": SmpModel}

@@ -1,0 +1,67 @@
+"""Pixels as the networks see them: per channel (x / 255 - mean) / std, with the constants of ImageNet."""
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
+"""Of the RGB values of ImageNet in [0, 1]: what pretrained encoders were trained with."""
+
+_VALUES_AT_ONCE = 32_768  # stay in the cache, and are too few for torch to wake its threads, which stall on a busy machine
+
+
+def normalise(images: Tensor, device: torch.device | str | None = None) -> Tensor:
+    """Images (N, 3, H, W) or (3, H, W) uint8 -> float32 (x / 255 - mean) / std, on `device` where one is given.
+
+    The uint8 values are what moves. The memory format stays as it is. Raises ValueError for another type or another
+    number of channels.
+
+    >>> [round(v, 3) for v in normalise(torch.tensor([0, 128, 255], dtype=torch.uint8).view(3, 1, 1)).flatten().tolist()]
+    [-2.118, 0.205, 2.64]
+    """
+    if images.dtype != torch.uint8 or images.ndim not in (3, 4) or images.shape[-3] != 3:
+        raise ValueError(f"normalise takes uint8 images (N, 3, H, W), got {images.dtype} {tuple(images.shape)}")
+    if device is not None:
+        images = images.to(device, non_blocking=True)
+    if images.device.type == "cpu" and images.movedim(-3, -1).is_contiguous():
+        return _normalise_channels_last(images)
+    scale, offset = (torch.tensor(row, device=images.device).view(3, 1, 1) for row in _scale_and_offset())
+    return images.float().mul_(scale).add_(offset)
+
+
+def denormalise(images: Tensor) -> Tensor:
+    """The uint8 pixels that `normalise` made these float images (N, 3, H, W) or (3, H, W) from.
+
+    >>> pixels = torch.arange(12, dtype=torch.uint8).view(3, 2, 2) * 20
+    >>> torch.equal(denormalise(normalise(pixels)), pixels)
+    True
+    """
+    scale, offset = (torch.tensor(row, device=images.device).view(3, 1, 1) for row in _scale_and_offset())
+    return ((images.float() - offset) / scale).round_().clamp_(0, 255).to(torch.uint8)
+
+
+def _scale_and_offset() -> tuple[list[float], list[float]]:
+    """(x / 255 - mean) / std as x * scale + offset."""
+    return [1 / (255 * std) for std in STD], [-mean / std for mean, std in zip(MEAN, STD, strict=True)]
+
+
+@lru_cache(maxsize=8)
+def _constant_rows(width: int) -> tuple[Tensor, Tensor]:
+    scale, offset = _scale_and_offset()
+    return torch.tensor(scale * width), torch.tensor(offset * width)
+
+
+def _normalise_channels_last(images: Tensor) -> Tensor:
+    """The same, as rows of 3 W values against rows of constants: eight times as fast as by channel (STRIDE 3)."""
+    width = images.shape[-1]
+    scale, offset = _constant_rows(width)
+    pixels = images.movedim(-3, -1)  # (N, H, W, 3), contiguous
+    normalised = torch.empty(pixels.shape, dtype=torch.float32)
+    rows_out, rows_in = normalised.view(-1, 3 * width), pixels.reshape(-1, 3 * width)
+    at_once = max(1, _VALUES_AT_ONCE // (3 * width))
+    for rows, source in zip(rows_out.split(at_once), rows_in.split(at_once), strict=True):
+        rows.copy_(source)
+        torch.addcmul(offset, rows, scale, out=rows)
+    return normalised.movedim(-1, -3)

@@ -1,0 +1,550 @@
+"""A run folder as one page: what came out, on pictures and by class, what it cost, and how it was trained.
+
+    write_report("runs/camvid_data_slimming")  # writes runs/camvid_data_slimming/report.html
+
+Each section is a function of the run; a part that is not there yet leaves one line that says so.
+"""
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dance_seg.charts import Layer, Line, Mark, Span, histogram, line_chart, shades, stacked_chart
+from dance_seg.data_slimming.plan import DataSlimming
+from dance_seg.errors import DataError
+from dance_seg.page import (
+    Bar,
+    Bars,
+    Block,
+    Card,
+    Cell,
+    Chart,
+    Details,
+    Key,
+    Legend,
+    Page,
+    Panel,
+    Panels,
+    Section,
+    Table,
+    change_text,
+    count_text,
+    figure_text,
+    listed,
+    render,
+    seconds_text,
+    write_text,
+)
+from dance_seg.pictures import (
+    IGNORED,
+    WRONG,
+    Indices,
+    embedded_image,
+    embedded_indices,
+    fitted,
+    marked_errors,
+    points_right,
+    read_image,
+    read_indices,
+)
+from dance_seg.runs import Picture, Run, Thumbnail, Validation, number, read_run, section
+
+MOST_PICTURES = 8
+PICTURE_BYTES = 2_600_000  # of validation pictures in a page
+THUMBNAIL_BYTES = 600_000  # of each row of training images
+
+
+def write_report(folder: str | Path) -> Path:
+    """Write report.html into a run folder, finished or not; returns its path.
+
+    Raises ValueError when there is no such run, DataError when a file of it is damaged.
+    """
+    run = read_run(folder)
+    return write_text(run.folder / "report.html", render(report(run)))
+
+
+def report(run: Run) -> Page:
+    """The page of a run."""
+    return Page(
+        title=run.name,
+        subtitle=subtitle(run),
+        warning="" if run.finished else f"Not finished: {run.epochs_done} of {run.max_epochs} epochs so far.",
+        cards=cards(run),
+        sections=(
+            predictions(run),
+            class_scores(run),
+            curves(run),
+            costs(run),
+            plan(run),
+            complexity(run),
+            recipe(run),
+            circumstances(run),
+        ),
+        footer="Written by dance_seg. Scores are points, 0 to 100. One MAC is one multiplication and one addition.",
+    )
+
+
+def subtitle(run: Run) -> str:
+    """What was trained on what, in a line."""
+    arguments = section(section(run.recipe, "model"), "args")
+    model = [section(run.recipe, "model").get("name"), arguments.get("arch"), arguments.get("encoder_name")]
+    names = [str(name) for name in model if name and name != "smp"]
+    slimming = "data slimming" if run.recipe.get("data_slimming") else "every image at full resolution"
+    data = str(section(run.recipe, "data").get("name", "unknown data"))
+    return " · ".join([data, " / ".join(names) or "smp", slimming, f"{run.max_epochs} epochs", f"seed {run.seed}"])
+
+
+def cards(run: Run) -> tuple[Card, ...]:
+    """The headline figures, those that are there."""
+    found = []
+    chosen, training, inference = shown_validation(run), run.training, run.inference
+    if chosen is not None and run.last is not None:
+        note = f"best checkpoint, epoch {chosen.epoch}; last {run.last.miou:.2f}"
+        found.append(Card("mIoU", f"{chosen.miou:.2f}", "points", note if run.best else f"epoch {chosen.epoch}, not chosen from"))
+    if (gmacs := number(training.get("cost/train_gmacs"))) is not None:
+        found.append(Card("Training", figure_text(gmacs), "GMACs", against_dense(run)))
+    if (seconds := number(training.get("cost/train_seconds"))) is not None:
+        value, _, unit = seconds_text(seconds).partition(" ") if seconds < 120 else (seconds_text(seconds), "", "")
+        found.append(Card("Training time", value, unit, str(run.circumstances.get("processor", ""))))
+    dropped, offered = number(training.get("cost/images_dropped")), number(training.get("cost/images_offered"))
+    if dropped is not None:
+        share = f"{100 * dropped / offered:.1f} % of {offered:,.0f} offered" if offered else ""
+        found.append(Card("Images dropped", f"{dropped:,.0f}", "", share))
+    if (gmacs := number(inference.get("gmacs"))) is not None:
+        found.append(Card("Inference", figure_text(gmacs), "GMACs", f"one image of {size_text(inference.get('input_size'))}"))
+    if (parameters := number(inference.get("parameters"))) is not None:
+        found.append(Card("Parameters", *count_text(parameters).split(" ", 1)))
+    return tuple(found)
+
+
+def shown_validation(run: Run) -> Validation | None:
+    """The validation that the page is about: of the best checkpoint, or else the last."""
+    return run.best or run.last
+
+
+def against_dense(run: Run) -> str:
+    """The pixels of the plan against those of the same epochs with every image at full resolution."""
+    planned = planned_pixels(run)
+    return f"{change_text(planned[0] / planned[1])} pixels against dense epochs" if planned else ""
+
+
+def planned_pixels(run: Run) -> tuple[float, float] | None:
+    """Pixels that the plan pays for, and what the same epochs cost at full resolution with nothing dropped."""
+    epochs = plan_epochs(run)
+    sizes = list(run.plan.get("sizes") or ()) if run.plan else []
+    paid = [number(epoch.get("pixels")) for epoch in epochs]
+    offered = [number(epoch.get("images_offered")) for epoch in epochs]
+    if not epochs or not sizes or None in paid or None in offered:
+        return None
+    height, width = sizes[-1]
+    dense = height * width * sum(value or 0 for value in offered)
+    return (sum(value or 0 for value in paid), dense) if dense else None
+
+
+def plan_epochs(run: Run) -> list[Mapping[str, Any]]:
+    """The plan's epochs."""
+    return [epoch for epoch in (run.plan or {}).get("epochs") or () if isinstance(epoch, dict)]
+
+
+# Pictures ---------------------------------------------------------------------------------------------------------
+
+
+def predictions(run: Run) -> Section:
+    """Image, label, prediction and errors of a few validation images."""
+    title = "Predictions beside labels"
+    shown, problems = read_pictures(run.pictures[:MOST_PICTURES])
+    if not shown:
+        return Section(title, note=problems or "No pictures yet: they are kept at each validation.")
+    rows = fitted(lambda width: [_panels(*one, width) for one in shown], PICTURE_BYTES, panels_bytes)
+    note = "Validation images as the newest validation saw them. Wrong pixels are red; dark ones are not scored."
+    return Section(title, (*rows, Legend(class_keys(run, shown))), f"{note} {problems}".strip())
+
+
+Shown = tuple[Picture, np.ndarray, Indices, Indices]
+
+
+def read_pictures(pictures: Sequence[Picture]) -> tuple[list[Shown], str]:
+    """The pictures with image, label and prediction read, and a line about those that cannot be."""
+    shown, problems = [], []
+    for picture in pictures:
+        try:
+            image, label, prediction = (
+                read_image(picture.image),
+                read_indices(picture.label),
+                read_indices(picture.prediction),
+            )
+            if label.ids.shape != prediction.ids.shape:
+                raise DataError(f"{picture.label}: label and prediction differ in size")
+            shown.append((picture, image, label, prediction))
+        except DataError as error:
+            problems.append(str(error))
+    return shown, f"Left out: {listed(problems, 2)}." if problems else ""
+
+
+def _panels(picture: Picture, image: np.ndarray, label: Indices, prediction: Indices, width: int) -> Panels:
+    right = points_right(label.ids, prediction.ids)
+    errors = marked_errors(image, label.ids, prediction.ids)
+    return Panels(
+        (
+            Panel(embedded_image(image, width), "image"),
+            Panel(embedded_indices(label, width), "label"),
+            Panel(embedded_indices(prediction, width), "prediction"),
+            Panel(embedded_image(errors, width), "errors"),
+        ),
+        title=picture.name,
+        note="" if right is None else f"{right:.1f} % of the scored pixels are right",
+    )
+
+
+def panels_bytes(rows: Sequence[Panels]) -> int:
+    """How large the pictures of rows are."""
+    return sum(len(panel.uri) for row in rows for panel in row.panels)
+
+
+def class_keys(run: Run, shown: Sequence[Shown]) -> tuple[Key, ...]:
+    """The colours of the classes in the pictures; only of errors where the run does not name its classes."""
+    present = sorted({int(i) for _, _, *both in shown for indices in both for i in np.unique(indices.ids)})
+    palette = shown[0][2].palette
+    named = [(run.classes[i], palette[i]) for i in present if i < len(run.classes)]
+    named += [("wrong", np.array(WRONG)), ("not scored", np.array(IGNORED))]
+    return tuple(Key(name, color="rgb({}, {}, {})".format(*(int(value) for value in color))) for name, color in named)
+
+
+# Scores -----------------------------------------------------------------------------------------------------------
+
+
+def class_scores(run: Run) -> Section:
+    """The IoU of each class, highest first."""
+    title, chosen = "IoU of each class", shown_validation(run)
+    if chosen is None or not chosen.iou:
+        return Section(title, note="No validation yet.")
+    ranked = sorted(chosen.iou.items(), key=lambda item: -item[1])
+    bars = tuple(Bar(name, min(max(iou, 0.0), 100.0) / 100, f"{iou:.1f}") for name, iou in ranked)
+    which = "of the best checkpoint" if run.best else "(the last; none may choose the best checkpoint yet)"
+    accuracies = [
+        f"{what} {value:.2f}"
+        for what, value in (
+            ("mIoU", chosen.miou),
+            ("pixel accuracy", chosen.pixel_accuracy),
+            ("class accuracy", chosen.class_accuracy),
+        )
+        if value is not None
+    ]
+    return Section(title, (Bars(bars, columns=True),), f"Validation {which}, after epoch {chosen.epoch}: {', '.join(accuracies)}.")
+
+
+def curves(run: Run) -> Section:
+    """Loss, mIoU and learning rate over the epochs."""
+    scored = [v.epoch for v in run.validations]
+    start = run.choose_from * run.max_epochs
+    best = run.best
+    marks = [Mark(best.epoch, best.miou, f"best {best.miou:.2f}")] if best else []
+    charts = [
+        Chart(
+            "Loss",
+            line_chart(
+                [Line(*run.curve("train/loss"), name="loss")],
+                title="Training loss over the epochs",
+                x_label="epoch",
+                y_label="loss of a batch",
+                x_end=run.max_epochs,
+                from_zero=True,
+            ),
+        ),
+        Chart(
+            "mIoU",
+            line_chart(
+                [Line(scored, [v.miou for v in run.validations], name="mIoU", markers=True)],
+                title="mIoU of each validation",
+                x_label="epoch",
+                y_label="points",
+                x_end=run.max_epochs,
+                marks=marks,
+                spans=[Span(start, run.max_epochs, "the best is chosen here")],
+            ),
+        ),
+        Chart(
+            "Learning rate",
+            line_chart(
+                [Line(*run.curve("train/lr"), name="learning rate")],
+                title="Learning rate over the epochs",
+                x_label="epoch",
+                y_label="learning rate",
+                x_end=run.max_epochs,
+                from_zero=True,
+            ),
+        ),
+    ]
+    missing = [chart.title for chart in charts if not chart.svg]
+    note = f"Not logged yet: {', '.join(missing)}." if missing else ""
+    return Section("Curves", tuple(chart for chart in charts if chart.svg), note)
+
+
+# Costs ------------------------------------------------------------------------------------------------------------
+
+
+def costs(run: Run) -> Section:
+    """Where seconds and MACs of training went; validation stands apart."""
+    title = "Where the cost went"
+    if not run.training:
+        return Section(title, note="No cost yet: the ledger is written after each epoch.")
+    blocks = [block for unit in ("seconds", "gmacs") if (block := cost_bars(run, unit)) is not None]
+    return Section(
+        title,
+        (*blocks, ledger_table(run), inference_table(run)),
+        "Overheads of the method are part of its cost. Validation is not: it scores the run, it does not train it.",
+    )
+
+
+def cost_bars(run: Run, unit: str) -> Bars | None:
+    """Bars of one unit: training steps, each overhead, and validation last in grey."""
+    amounts = [(kind, figures[unit]) for kind, figures in run.charges.items() if figures.get(unit)]
+    if not amounts:
+        return None
+    largest = max(value for _, value in amounts)
+    total = sum(value for kind, value in amounts if kind != "validation")
+    bars = []
+    for kind, value in amounts:
+        said = seconds_text(value) if unit == "seconds" else f"{figure_text(value)} GMACs"
+        if kind == "validation":
+            bars.append(Bar("validation (not training)", value / largest, said, "shade-0"))
+        else:
+            share = f" · {100 * value / total:.1f} %" if total and len(amounts) > 1 else ""
+            bars.append(Bar(charge_name(kind), value / largest, said + share, "shade-5" if kind == "train" else "series-1"))
+    return Bars(tuple(bars), title="Seconds" if unit == "seconds" else "Multiply-accumulates")
+
+
+def charge_name(kind: str) -> str:
+    """A kind of cost in words."""
+    words = {
+        "train": "training steps",
+        "scoring": "scoring complexity",
+        "batch_norm": "BatchNorm statistics",
+        "decoding": "decoding",
+    }
+    return words.get(kind, kind.replace("_", " "))
+
+
+def ledger_table(run: Run) -> Table:
+    """Every sum of the ledger as it is."""
+    rows = []
+    for key, value in run.training.items():
+        amount = number(value)
+        if amount is not None:
+            rows.append((Cell(str(key)), Cell(figure_text(amount, 4))))
+    return Table((), tuple(rows), title="The ledger")
+
+
+def inference_table(run: Run) -> Table:
+    """What one forward pass costs, and what was not counted."""
+    inference, latency = run.inference, section(run.inference, "latency_ms")
+    rows = [("input size", size_text(inference.get("input_size")))]
+    for key, name in (("gmacs", "GMACs"), ("parameters", "parameters")):
+        if (value := number(inference.get(key))) is not None:
+            rows.append((name, figure_text(value, 4)))
+    for key, value in latency.items():
+        if (amount := number(value)) is not None:
+            rows.append((f"latency {key}" + (" (ms)" if key.startswith("p") else ""), figure_text(amount)))
+    rows.append(("not counted", listed([str(name) for name in inference.get("uncounted") or ()], 8) or "nothing"))
+    if not inference:
+        rows = [("inference", "not measured")]
+    return Table((), tuple((Cell(name), Cell(text)) for name, text in rows), title="One forward pass")
+
+
+# Data slimming ----------------------------------------------------------------------------------------------------
+
+
+def plan(run: Run) -> Section:
+    """What each epoch does with the images: the share at each scale, what is dropped, the pixels paid."""
+    title, epochs = "The plan, epoch by epoch", plan_epochs(run)
+    if not run.recipe.get("data_slimming"):
+        return Section(title, note="No data slimming: every image is trained on at full resolution in every epoch.")
+    if not epochs:
+        return Section(title, note="No plan yet: it is written when training starts.")
+    block = plan_chart(run)
+    planned = planned_pixels(run)
+    bars = []
+    if planned:
+        paid, dense = planned
+        bars = [
+            Bars(
+                (
+                    Bar("every image, full size", 1.0, f"{dense / 1e6:,.1f} M"),
+                    Bar("this plan", min(1.0, paid / dense), f"{paid / 1e6:,.1f} M", "series-0"),
+                ),
+                title="Pixels of all epochs",
+                note=f"{change_text(paid / dense)} against training each image at full resolution in each epoch.",
+            )
+        ]
+    return Section(title, (block, *bars, plan_table(run)), "")
+
+
+def plan_chart(run: Run) -> Chart:
+    """Stacked shares of the images offered, with the pixels paid as a line."""
+    assert run.plan is not None
+    epochs, scales, sizes = plan_epochs(run), list(run.plan.get("scales") or ()), list(run.plan.get("sizes") or ())
+    offered = [number(epoch.get("images_offered")) or 1.0 for epoch in epochs]
+    served = [list(epoch.get("images_per_scale") or ()) for epoch in epochs]
+    dropped = [(number(epoch.get("images_dropped")) or 0.0) for epoch in epochs]
+    names = [f"scale {scale:g} ({size_text(size)})" for scale, size in zip(scales, sizes, strict=False)]
+    layers = [
+        Layer(
+            name,
+            [((number(row[i]) or 0.0) if i < len(row) else 0.0) / of for row, of in zip(served, offered, strict=True)],
+            shade,
+        )
+        for i, (name, shade) in enumerate(zip(names, shades(max(1, len(names))), strict=True))
+    ]
+    layers.append(Layer("dropped", [value / of for value, of in zip(dropped, offered, strict=True)], 0))
+    full = sizes[-1][0] * sizes[-1][1] if sizes else 1
+    pixels = [(number(epoch.get("pixels")) or 0.0) / (of * full) for epoch, of in zip(epochs, offered, strict=True)]
+    notes = [
+        f"epoch {i + 1}: "
+        + ", ".join(f"{layer.name} {100 * layer.values[i]:.0f} %" for layer in layers)
+        + f"; pixels {100 * pixels[i]:.0f} % of dense"
+        for i in range(len(epochs))
+    ]
+    keys = [Key(layer.name, f"shade-{layer.shade}") for layer in layers] + [Key("pixels paid, of dense", "series-1")]
+    middles = [i + 0.5 for i in range(len(epochs))]
+    return Chart(
+        "Images of each epoch",
+        stacked_chart(
+            layers,
+            title="Share of images at each scale and dropped, by epoch",
+            x_label="epoch",
+            y_label="of the images offered",
+            notes=notes if len(notes) <= 400 else (),
+            line=Line(middles, pixels, "pixels paid, of dense", series=1),
+        ),
+        keys=tuple(keys),
+    )
+
+
+def plan_table(run: Run) -> Table:
+    """The plan's sums."""
+    epochs = plan_epochs(run)
+    words = {
+        "steps": "steps",
+        "images_offered": "images offered",
+        "images_paid": "images paid",
+        "images_dropped": "images dropped",
+        "pixels": "pixels",
+    }
+    rows = [
+        (Cell(name), Cell(f"{sum(number(epoch.get(key)) or 0.0 for epoch in epochs):,.0f}")) for key, name in words.items()
+    ]
+    weights = [value for item in (run.plan or {}).get("weights") or () if (value := number(item)) is not None]
+    if weights:
+        rows.append((Cell("loss weights at the end"), Cell(f"{min(weights):.2f} to {max(weights):.2f}")))
+    return Table((), tuple(rows), title="All epochs together")
+
+
+def complexity(run: Run) -> Section:
+    """How complex the training images are, where the plan divides them, and the extreme ones."""
+    title = "Complexity of the training images"
+    scored = section(run.plan or {}, "complexity")
+    values = [value for item in scored.get("values") or () if (value := number(item)) is not None]
+    thumbnails = [
+        block
+        for name, found in (("Simplest", run.simplest), ("Most complex", run.most_complex))
+        if (block := thumbnail_row(name, found, scored)) is not None
+    ]
+    if not values:
+        note = "No image was scored: the run has no data slimming." if not run.recipe.get("data_slimming") else "Not scored yet."
+        return Section(title, tuple(thumbnails), note if not thumbnails else "")
+    measure = str(scored.get("measure", "complexity"))
+    chart, note = complexity_chart(run, values, measure.replace("_", " "))
+    if not thumbnails:
+        note = f"{note} No pictures of the simplest and the most complex images.".strip()
+    return Section(title, (chart, *thumbnails), note)
+
+
+def complexity_chart(run: Run, values: Sequence[float], measure: str) -> tuple[Chart, str]:
+    """The histogram with the boundaries between scales, and a line that explains it."""
+    options, defaults = section(run.recipe, "data_slimming"), DataSlimming()
+    quantiles = [q for item in options.get("quantiles", defaults.quantiles) if (q := number(item)) is not None]
+    drop_below = number(options.get("drop_below", defaults.drop_below)) or 0.0
+    drop_rate = number(options.get("drop_rate", defaults.drop_rate)) or 0.0
+    boundaries = [(float(np.quantile(values, min(max(q, 0.0), 1.0))), f"q {q:g}") for q in quantiles]
+    drops = drop_below > 0 and drop_rate > 0
+    svg = histogram(
+        values,
+        title="Histogram of complexity",
+        x_label=measure,
+        boundaries=boundaries,
+        marked_below=float(np.quantile(values, min(drop_below, 1.0))) if drops else None,
+    )
+    keys = (Key("may be dropped", "shade-0"), Key("always kept", "shade-4")) if drops else ()
+    note = f"{len(values):,} images, by {measure}. Lines: the quantiles that divide the scales"
+    note += " (sizes are drawn, complexity shifts them)." if options.get("sizes") == "drawn" else "."
+    return Chart("Distribution", svg, keys=keys), note
+
+
+def thumbnail_row(title: str, found: Sequence[Thumbnail], scored: Mapping[str, Any]) -> Panels | None:
+    """Training images in a row with their complexity."""
+    values = dict(zip(map(str, scored.get("names") or ()), scored.get("values") or (), strict=False))
+
+    def panels(width: int) -> list[Panels]:
+        made = []
+        for one in found[:MOST_PICTURES]:
+            value = number(values.get(one.name))
+            try:
+                uri = embedded_image(read_image(one.path), width)
+            except DataError:
+                continue
+            made.append(Panel(uri, one.name, "" if value is None else f"complexity {value:.4g}"))
+        return [Panels(tuple(made), title=title, small=True)]
+
+    (row,) = fitted(panels, THUMBNAIL_BYTES, panels_bytes, widths=(320, 240, 160, 100))
+    return row if row.panels else None
+
+
+# The run ----------------------------------------------------------------------------------------------------------
+
+
+def recipe(run: Run) -> Section:
+    """The resolved recipe."""
+    return Section("Recipe", (Details("recipe.yaml, every value resolved", run.recipe_text.strip()),))
+
+
+def circumstances(run: Run) -> Section:
+    """Where, when and with what the run was made."""
+    facts, trainer = run.circumstances, section(run.recipe, "trainer")
+    rows = [
+        ("processor", f"{facts.get('processor', 'unknown')}, {facts.get('cores', '?')} cores"),
+        ("accelerator", facts.get("accelerator", "unknown")),
+        ("precision", trainer.get("precision", "32-true")),
+        ("commit", facts.get("commit") or "unknown"),
+        ("seed", run.seed),
+        ("started", facts.get("started", "unknown")),
+        ("finished", facts.get("finished") or "not yet"),
+        *((("elapsed", seconds_text(elapsed)),) if (elapsed := elapsed_seconds(facts)) is not None else ()),
+        ("run id", facts.get("run_id", "unknown")),
+        ("versions", ", ".join(f"{name} {version}" for name, version in section(facts, "versions").items()) or "unknown"),
+    ]
+    table = Table((), tuple((Cell(name), Cell(str(value))) for name, value in rows), figures=False)
+    return Section("Circumstances", (table,), "" if facts else "run.json is missing.")
+
+
+def elapsed_seconds(facts: Mapping[str, Any]) -> float | None:
+    """Seconds from start to end, breaks included."""
+    form = "%Y-%m-%dT%H:%M:%S%z"
+    try:
+        ended = datetime.strptime(str(facts.get("finished")), form) - datetime.strptime(str(facts.get("started")), form)
+    except (ValueError, TypeError):
+        return None
+    return ended.total_seconds()
+
+
+def size_text(size: Any) -> str:
+    """A size (H, W) in words.
+
+    >>> size_text([192, 256]), size_text(None)
+    ('192 × 256', 'unknown size')
+    """
+    if isinstance(size, list | tuple) and len(size) == 2:
+        return f"{size[0]} × {size[1]}"
+    return "unknown size"

@@ -1,0 +1,317 @@
+"""Run folders, read: the one place that knows what lies in runs/NAME/ and what it means.
+
+recipe.yaml (the resolved recipe), run.json (circumstances), metrics.jsonl, cost.json, plan.json, pictures/. All but the
+recipe may still be missing. Figures keep the names under which they were logged, such as cost/train_gmacs.
+"""
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dance_seg.errors import DataError
+from dance_seg.metrics_file import read_metrics
+
+MAX_BYTES = 256 << 20  # no file of a run that is read whole is larger
+_PICTURE = re.compile(r"(\d+)_(.*)_image\.png", re.DOTALL)
+_CHARGE = re.compile(r"cost/(.+)_(seconds|gmacs)")
+_THUMBNAIL = re.compile(r"complexity_(simple|complex)_(\d+)_(.*)\.png", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Validation:
+    """The scores of one validation, in points."""
+
+    epoch: int  # epochs of training that were complete
+    step: int
+    miou: float
+    pixel_accuracy: float | None
+    class_accuracy: float | None
+    iou: Mapping[str, float]  # by class, in the order of train ids
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One validation image with its label and its prediction (palette PNGs whose index is the class id)."""
+
+    number: int
+    name: str
+    image: Path
+    label: Path
+    prediction: Path
+
+
+@dataclass(frozen=True)
+class Thumbnail:
+    """One of the simplest or the most complex training images; rank 0 is the extreme one."""
+
+    rank: int
+    name: str
+    path: Path
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run folder holds."""
+
+    folder: Path
+    recipe: Mapping[str, Any]
+    recipe_text: str
+    circumstances: Mapping[str, Any] = field(default_factory=dict)
+    rows: Sequence[Mapping[str, Any]] = ()  # of metrics.jsonl, superseded ones left out
+    training: Mapping[str, Any] = field(default_factory=dict)  # the ledger's sums
+    inference: Mapping[str, Any] = field(default_factory=dict)  # one forward pass
+    plan: Mapping[str, Any] | None = None
+    pictures: tuple[Picture, ...] = ()
+    simplest: tuple[Thumbnail, ...] = ()
+    most_complex: tuple[Thumbnail, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The name of its folder."""
+        return self.folder.name or str(self.folder)
+
+    @property
+    def seed(self) -> Any:
+        """The seed of the recipe."""
+        return self.recipe.get("seed", 0)
+
+    @property
+    def finished(self) -> bool:
+        """Whether training came to its end."""
+        return bool(self.circumstances.get("finished"))
+
+    @property
+    def max_epochs(self) -> int:
+        """The epochs of the whole training, complete or not."""
+        return int(number(section(self.recipe, "trainer").get("max_epochs")) or 1)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of the classes in the order of their train ids; empty when the run does not say."""
+        return tuple(str(name) for name in self.circumstances.get("classes") or ())
+
+    @cached_property
+    def validations(self) -> tuple[Validation, ...]:
+        """All validations in order; of several after one epoch the last counts."""
+        found: dict[int, Validation] = {}
+        for epoch, row in self._rows_with_epoch:
+            miou = number(row.get("val/miou"))
+            if miou is None:
+                continue
+            found[epoch] = Validation(
+                epoch=epoch,
+                step=int(number(row.get("step")) or 0),
+                miou=miou,
+                pixel_accuracy=number(row.get("val/pixel_accuracy")),
+                class_accuracy=number(row.get("val/class_accuracy")),
+                iou={
+                    key.removeprefix("val/iou/"): value
+                    for key, item in row.items()
+                    if key.startswith("val/iou/") and (value := number(item)) is not None
+                },
+            )
+        return tuple(found[epoch] for epoch in sorted(found))
+
+    @property
+    def choose_from(self) -> float:
+        """The progress from which a validation may choose the best checkpoint."""
+        value = number(section(self.recipe, "trainer").get("choose_from"))
+        return 0.8 if value is None else value
+
+    @property
+    def best(self) -> Validation | None:
+        """The validation of the best checkpoint: the first with the highest mIoU among those that may choose."""
+        allowed = [v for v in self.validations if v.epoch / self.max_epochs >= self.choose_from - 1e-9]
+        return max(allowed, key=lambda v: v.miou, default=None)
+
+    @property
+    def last(self) -> Validation | None:
+        """The newest validation."""
+        return self.validations[-1] if self.validations else None
+
+    @cached_property
+    def spent(self) -> Mapping[int, Mapping[str, float]]:
+        """The ledger's sums after each number of complete epochs."""
+        found = {}
+        for epoch, row in self._rows_with_epoch:
+            figures = {
+                key: value
+                for key, item in row.items()
+                if key.startswith("cost/") and (value := number(item)) is not None
+            }
+            if figures:
+                found[epoch] = figures
+        return found
+
+    @property
+    def charges(self) -> Mapping[str, Mapping[str, float]]:
+        """What training spent by kind and unit (seconds, gmacs): training steps first, validation last."""
+        found: dict[str, dict[str, float]] = {}
+        for key, item in self.training.items():
+            match, value = _CHARGE.fullmatch(key), number(item)
+            if match and value is not None:
+                found.setdefault(match[1], {})[match[2]] = value
+        place = {"train": 0, "validation": 2}
+        return {kind: found[kind] for kind in sorted(found, key=lambda kind: place.get(kind, 1))}
+
+    @property
+    def epochs_done(self) -> int:
+        """How many epochs are complete, as far as the metrics tell."""
+        if self.finished:
+            return self.max_epochs
+        return max([*self.spent, *(validation.epoch for validation in self.validations)], default=0)
+
+    def curve(self, key: str) -> tuple[list[float], list[float]]:
+        """Epochs (fractions while training) and values of one metric, those that are finite."""
+        epochs, values = [], []
+        for epoch, row in self._rows_with_epoch:
+            value = number(row.get(key))
+            if value is not None:
+                progress = number(row.get("train/progress"))
+                epochs.append(float(epoch) if progress is None else progress * self.max_epochs)
+                values.append(value)
+        return epochs, values
+
+    @cached_property
+    def _rows_with_epoch(self) -> list[tuple[int, Mapping[str, Any]]]:
+        """Each row with the number of epochs that are complete when its epoch ends."""
+        found, epoch = [], 0
+        for row in self.rows:
+            given = number(row.get("epoch"))
+            epoch = epoch if given is None else int(given) + 1
+            found.append((epoch, row))
+        return found
+
+
+def read_run(folder: str | Path) -> Run:
+    """Read a run folder, whether the run is finished or not.
+
+    Raises ValueError when there is no such run, and DataError, naming the file, when one of its files is damaged.
+    """
+    folder = Path(folder)
+    if not (folder / "recipe.yaml").is_file():
+        reason = "holds no run (there is no recipe.yaml)" if folder.is_dir() else "no such run"
+        beside = {*folder.parent.glob("*/recipe.yaml"), *Path("runs").glob("*/recipe.yaml")}
+        known = ", ".join(sorted(str(path.parent) for path in beside))
+        raise ValueError(f"{folder}: {reason}; there are: {known or 'none, train one first'}")
+    recipe, text = _read_recipe(folder / "recipe.yaml")
+    costs = _read_json(folder / "cost.json")
+    simplest, most_complex = _thumbnails(folder / "pictures")
+    return Run(
+        folder=folder,
+        recipe=recipe,
+        recipe_text=text,
+        circumstances=_read_json(folder / "run.json"),
+        rows=_read_rows(folder / "metrics.jsonl"),
+        training=section(costs, "training"),
+        inference=section(costs, "inference"),
+        plan=_read_json(folder / "plan.json") or None,
+        pictures=_pictures(folder / "pictures"),
+        simplest=simplest,
+        most_complex=most_complex,
+    )
+
+
+def number(value: Any) -> float | None:
+    """A finite number as a float; None for anything else, such as NaN, a text or a truth value.
+
+    >>> number(3), number(float("nan")), number("3"), number(True)
+    (3.0, None, None, None)
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+def section(record: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """A section of a record; empty when it is absent, null or no mapping.
+
+    >>> section({"trainer": None}, "trainer")
+    {}
+    """
+    value = record.get(key)
+    return value if isinstance(value, dict) else {}
+
+
+def flat(record: Any, prefix: str = "") -> dict[str, Any]:
+    """A nested record by dotted keys; lists are values.
+
+    >>> flat({"model": {"name": "smp", "args": {}}, "seed": 0})
+    {'model.name': 'smp', 'model.args': {}, 'seed': 0}
+    """
+    if not isinstance(record, dict) or not record:
+        return {prefix: record}
+    found: dict[str, Any] = {}
+    for key, value in record.items():
+        found.update(flat(value, f"{prefix}.{key}" if prefix else str(key)))
+    return found
+
+
+def _read_recipe(path: Path) -> tuple[dict[str, Any], str]:
+    text = _read_text(path)
+    try:
+        # An alias can stand for a tree that has no end when written out; no recipe has one.
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
+            raise DataError(f"{path}: YAML aliases have no place in a recipe")
+        recipe = yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise DataError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(recipe, dict):
+        raise DataError(f"{path}: a recipe is a mapping of sections, not {type(recipe).__name__}")
+    return recipe, text
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty when there is no file."""
+    if not path.is_file():
+        return {}
+    try:
+        record = json.loads(_read_text(path))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise DataError(f"{path}: not valid JSON ({error}); move it away to go on without it") from None
+    if not isinstance(record, dict):
+        raise DataError(f"{path}: holds {type(record).__name__}, not an object; move it away to go on without it")
+    return record
+
+
+def _read_rows(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        return []
+    return read_metrics(path)
+
+
+def _read_text(path: Path) -> str:
+    size = path.stat().st_size
+    if size > MAX_BYTES:
+        raise DataError(f"{path}: {size} bytes; a run writes no file of this kind above {MAX_BYTES}")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not a UTF-8 text ({error.reason} at byte {error.start})") from None
+
+
+def _pictures(folder: Path) -> tuple[Picture, ...]:
+    found = []
+    for path in folder.glob("*_image.png"):
+        match = _PICTURE.fullmatch(path.name)
+        stem = path.name.removesuffix("_image.png")
+        label, prediction = path.with_name(f"{stem}_label.png"), path.with_name(f"{stem}_prediction.png")
+        if match and label.is_file() and prediction.is_file():
+            found.append(Picture(int(match[1]), match[2], path, label, prediction))
+    return tuple(sorted(found, key=lambda picture: (picture.number, picture.name)))
+
+
+def _thumbnails(folder: Path) -> tuple[tuple[Thumbnail, ...], tuple[Thumbnail, ...]]:
+    found: dict[str, list[Thumbnail]] = {"simple": [], "complex": []}
+    for path in folder.glob("complexity_*.png"):
+        if match := _THUMBNAIL.fullmatch(path.name):
+            found[match[1]].append(Thumbnail(int(match[2]), match[3], path))
+    simple, complex_ = (tuple(sorted(found[kind], key=lambda one: (one.rank, one.name))) for kind in found)
+    return simple, complex_

@@ -1,0 +1,136 @@
+"""Two processes are one: gradients, metrics and batches do not depend on how many ranks share the work (gloo, CPU)."""
+
+import os
+import subprocess
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from dance_seg.checkpoint import newest_valid
+from dance_seg.losses import per_sample_cross_entropy, weighted_mean
+from dance_seg.metrics import ConfusionMatrix
+from dance_seg.recipe import save_recipe
+from tests.tiny import tiny
+
+pytestmark = pytest.mark.ddp
+ROOT = Path(__file__).parent.parent.parent
+
+
+def on_ranks(function, ranks, folder, *arguments):
+    """Run function(rank, ranks, folder, ...) in `ranks` processes joined by gloo; a hang ends after a minute."""
+    context = mp.get_context("spawn")
+    store = folder / f"store-{function.__name__}-{ranks}"
+    processes = [
+        context.Process(target=_enter, args=(function, rank, ranks, folder, store, arguments)) for rank in range(ranks)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=90)
+        if process.is_alive():
+            process.kill()
+            pytest.fail("a rank hung")
+    assert [process.exitcode for process in processes] == [0] * ranks
+
+
+def _enter(function, rank, ranks, folder, store, arguments):
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", store=dist.FileStore(str(store), ranks), rank=rank, world_size=ranks, timeout=timedelta(seconds=60)
+    )
+    function(rank, ranks, folder, *arguments)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def joined_batch():
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(6, 3, 16, 16, generator=generator)
+    labels = torch.randint(0, 4, (6, 16, 16), generator=generator)
+    labels[1] = 255  # an image with nothing to learn
+    labels[4, :8] = 255
+    weights = torch.tensor([0.5, 1.5, 2.0, 0.25, 1.0, 0.75])
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 1))  # no batch statistics
+    return model, images, labels, weights
+
+
+def gradient(model, images, labels, weights):
+    weighted_mean(per_sample_cross_entropy(model(images), labels), weights).backward()
+    return [parameter.grad.clone() for parameter in model.parameters()]
+
+
+def _gradient_of_a_rank(rank, ranks, folder):
+    model, images, labels, weights = joined_batch()
+    mine = slice(rank * 6 // ranks, (rank + 1) * 6 // ranks)
+    found = gradient(DistributedDataParallel(model), images[mine], labels[mine], weights[mine])
+    torch.save(found, folder / f"gradient-{rank}.pt")
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_the_gradient_of_several_ranks_is_that_of_the_joined_batch_with_unequal_weights(ranks, tmp_path):
+    on_ranks(_gradient_of_a_rank, ranks, tmp_path)
+    expected = gradient(*joined_batch())
+    for rank in range(ranks):
+        for mine, whole in zip(torch.load(tmp_path / f"gradient-{rank}.pt"), expected, strict=True):
+            torch.testing.assert_close(mine, whole, rtol=1e-5, atol=1e-7)
+
+
+def predictions_and_labels():
+    generator = np.random.default_rng(0)
+    return (
+        generator.integers(0, 5, (101, 8, 8)).astype(np.uint8),
+        generator.choice([0, 1, 2, 3, 4, 255], (101, 8, 8)).astype(np.uint8),
+    )
+
+
+def _score_a_share(rank, ranks, folder):
+    predictions, labels = predictions_and_labels()
+    metric = ConfusionMatrix(5)
+    mine = range(rank, 101, ranks)  # as evaluation_loader shares the images
+    for index in mine:
+        metric.update(torch.as_tensor(predictions[index]), torch.as_tensor(labels[index]))
+    scores = metric.compute()
+    torch.save((len(mine), scores.miou, list(scores.iou)), folder / f"scores-{ranks}-{rank}.pt")
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_101_images_are_counted_once_on_any_number_of_ranks(ranks, tmp_path):
+    on_ranks(_score_a_share, ranks, tmp_path)
+    predictions, labels = predictions_and_labels()
+    alone = ConfusionMatrix(5)
+    alone.update(torch.as_tensor(predictions), torch.as_tensor(labels))
+    expected = alone.compute()
+    found = [torch.load(tmp_path / f"scores-{ranks}-{rank}.pt") for rank in range(ranks)]
+    assert sum(count for count, _, _ in found) == 101
+    for _, miou, iou in found:
+        assert miou == expected.miou
+        assert iou == list(expected.iou)
+
+
+def test_a_run_on_two_ranks_drops_images_validates_unevenly_and_takes_the_planned_steps(tmp_path):
+    """3 validation images on 2 ranks: one rank has two, the other one; an image more or less must not hang it."""
+    recipe = tiny("trainer.devices=2", "data_slimming.drop_rate=1.0", slim=True, cache=tmp_path / "cache")
+    save_recipe(recipe, tmp_path / "two.yaml")
+    save_recipe(tiny("data_slimming.drop_rate=1.0", slim=True, cache=tmp_path / "cache"), tmp_path / "one.yaml")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    for name in ("one", "two"):
+        command = [sys.executable, "-m", "tools.train", str(tmp_path / f"{name}.yaml"), f"name={name}"]
+        done = subprocess.run(
+            [*command, "--runs", str(tmp_path)], env=environment, cwd=ROOT, timeout=240, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+    ends = {name: newest_valid(tmp_path / name / "checkpoints", "step-*.ckpt")[1] for name in ("one", "two")}
+    assert ends["one"]["global_step"] == ends["two"]["global_step"]
+    ledgers = {name: end["callbacks"]["CostLedger"] for name, end in ends.items()}
+    assert ledgers["one"]["images_dropped"] > 0
+    for key in ("images_dropped", "images_offered"):
+        assert ledgers["one"][key] == ledgers["two"][key]

@@ -1,0 +1,163 @@
+"""Resuming is exact: k + k steps equal 2k steps bit for bit, wherever the run was broken off."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from dance_seg.build import train
+from dance_seg.checkpoint import load_checkpoint, newest_valid
+from dance_seg.recipe import save_recipe
+from datamodules import build_datamodule
+from tests.tiny import tiny
+
+# DeepLabV3+ has dropout (ASPP) and BatchNorm after global pooling; EMA and data slimming are on; epochs differ in length.
+HARD = ("model.args.arch=deeplabv3plus", "trainer.ema=0.9", "trainer.save_every_minutes=0")
+
+
+def run(recipe, folder):
+    return train(recipe, build_datamodule(recipe), folder)
+
+
+def tensors(checkpoint):
+    found = {}
+
+    def walk(value, key):
+        if isinstance(value, torch.Tensor):
+            found[key] = value
+        elif isinstance(value, dict):
+            for name, item in value.items():
+                walk(item, f"{key}.{name}")
+        elif isinstance(value, list | tuple):
+            for number, item in enumerate(value):
+                walk(item, f"{key}[{number}]")
+
+    for part in ("state_dict", "optimizer_states", "average"):
+        walk(checkpoint.get(part, {}), part)
+    return found
+
+
+def assert_same(one, two):
+    first, second = tensors(one), tensors(two)
+    assert first.keys() == second.keys()
+    different = [key for key in first if not torch.equal(first[key], second[key])]
+    assert not different, different[:5]
+
+
+def final(folder):
+    found = newest_valid(folder / "checkpoints", "step-*.ckpt")
+    assert found is not None
+    return found[1]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """A run that keeps a copy of every checkpoint it writes."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    recipe = tiny(*HARD, slim=True, cache=folder / "cache")
+    kept = folder / "kept"
+    kept.mkdir()
+    from dance_seg.callbacks import Checkpoints
+
+    save = Checkpoints.save
+
+    def save_and_copy(self, trainer):
+        save(self, trainer)
+        newest = max((folder / "run/checkpoints").glob("step-*.ckpt"))
+        shutil.copy(newest, kept / newest.name)
+
+    Checkpoints.save = save_and_copy
+    try:
+        run(recipe, folder / "run")
+    finally:
+        Checkpoints.save = save
+    return recipe, folder / "run", sorted(kept.iterdir())
+
+
+def test_epochs_of_the_run_differ_in_length(undisturbed):
+    recipe, _, _ = undisturbed
+    datamodule = build_datamodule(recipe)
+    datamodule.fit_to(stride=32, epochs=3, seed=0, data_slimming=recipe.data_slimming)
+    datamodule.prepare_data()
+    steps = [summary.steps for summary in datamodule.schedule]
+    assert len(set(steps)) > 1
+    assert min(steps) >= 2
+
+
+def test_resuming_at_the_first_a_middle_and_the_last_batch_ends_with_the_same_weights(undisturbed, tmp_path):
+    recipe, folder, kept = undisturbed
+    places = {}
+    for path in kept:
+        place = load_checkpoint(path)["callbacks"]["ExactResume"]
+        places[place["epoch"], place["batch"]] = path
+    broken = [place for place in places if place[1] > 0]
+    chosen = {min(broken), broken[len(broken) // 2], max(broken), max(p for p in places if p[1] == 0 and p[0] < 3)}
+    assert len(chosen) >= 3
+    for place in sorted(chosen):
+        again = tmp_path / f"{place[0]}-{place[1]}"
+        (again / "checkpoints").mkdir(parents=True)
+        shutil.copy(places[place], again / "checkpoints")
+        save_recipe(recipe, again / "recipe.yaml")
+        run(recipe, again)
+        assert_same(final(folder), final(again))
+        mine, theirs = (dict(final(f)["callbacks"]["CostLedger"]) for f in (again, folder))
+        counted = [key for key in mine if "second" not in key and "decode" not in key]
+        assert {key: mine[key] for key in counted if not isinstance(mine[key], dict)} == {
+            key: theirs[key] for key in counted if not isinstance(theirs[key], dict)
+        }
+
+
+def test_another_seed_ends_elsewhere(undisturbed, tmp_path):
+    _, folder, _ = undisturbed
+    recipe = tiny(*HARD, "seed=1", slim=True, cache=tmp_path / "cache")
+    run(recipe, tmp_path / "run")
+    with pytest.raises(AssertionError):
+        assert_same(final(folder), final(tmp_path / "run"))
+
+
+def test_a_finished_run_is_not_trained_again_and_another_recipe_is_refused(undisturbed):
+    recipe, folder, _ = undisturbed
+    before = sorted((p.name, p.stat().st_mtime_ns) for p in (folder / "checkpoints").iterdir())
+    run(recipe, folder)
+    assert sorted((p.name, p.stat().st_mtime_ns) for p in (folder / "checkpoints").iterdir()) == before
+    other = tiny(*HARD, "optimizer.lr=0.5", slim=True, cache=folder.parent / "cache")
+    with pytest.raises(ValueError, match=r"optimizer.lr: 0\.001 / 0\.5"):
+        run(other, folder)
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over_for_the_one_before(undisturbed, tmp_path):
+    recipe, folder, kept = undisturbed
+    (tmp_path / "checkpoints").mkdir()
+    for path in kept[1:3]:
+        shutil.copy(path, tmp_path / "checkpoints")
+    newest = tmp_path / "checkpoints" / kept[2].name
+    damaged = bytearray(newest.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    newest.write_bytes(damaged)
+    save_recipe(recipe, tmp_path / "recipe.yaml")
+    with pytest.warns(UserWarning, match=kept[2].name):
+        run(recipe, tmp_path)
+    assert_same(final(folder), final(tmp_path))
+
+
+def test_a_run_killed_at_a_random_moment_and_started_again_ends_with_the_same_weights(undisturbed, tmp_path):
+    recipe, folder, _ = undisturbed
+    save_recipe(recipe, tmp_path / "tiny.yaml")
+    command = [sys.executable, "-m", "tools.train", str(tmp_path / "tiny.yaml"), "--runs", str(tmp_path / "runs")]
+    checkpoints = tmp_path / "runs" / "tiny" / "checkpoints"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list(checkpoints.glob("step-*.ckpt")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    time.sleep(0.1 + 0.4 * (os.getpid() % 7) / 7)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait(timeout=30) == -signal.SIGKILL
+    subprocess.run(command, env=environment, check=True, timeout=240, capture_output=True)
+    assert_same(final(folder), final(tmp_path / "runs" / "tiny"))
