@@ -3,6 +3,7 @@
 import json
 import os
 import time
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,12 +17,12 @@ from torch import nn
 from tqdm import tqdm
 
 from dance_seg.callbacks import Checkpoints, CostLedger, ExactResume, Pictures, ReestimatedStatistics, checkpoint_of
-from dance_seg.checkpoint import AtomicCheckpointIO, check_writable, clean_temporary, newest_valid
+from dance_seg.checkpoint import atomic_checkpoint_io, check_writable, clean_temporary, newest_valid
 from dance_seg.metrics import Scores, confusion_matrix, scores
 from dance_seg.models import MODELS
 from dance_seg.module import SegmentationModule, predict_labels
 from dance_seg.normalise import normalise
-from dance_seg.part import build_part
+from dance_seg.part import Part, build_part
 from dance_seg.recipe import Recipe, recipe_differences, recipe_from_record, recipe_record, save_recipe
 from dance_seg.tracking import JsonlLogger, guarded_wandb_logger
 
@@ -94,11 +95,11 @@ def build_trainer(recipe: Recipe, datamodule: "SegmentationDataModule", folder: 
         rank_zero_info("trainer.sync_batchnorm is ignored: SyncBatchNorm does not run on a CPU")
     metrics = JsonlLogger(folder)
     mirror = guarded_wandb_logger(
+        folder,
         mode=recipe.tracking.wandb,
         project=recipe.tracking.project,
         name=recipe.name,
         run_id=run_id,
-        folder=folder,
         config=recipe_record(recipe),
         group=recipe.tracking.group,
         tags=list(recipe.tracking.tags),
@@ -126,14 +127,16 @@ def build_trainer(recipe: Recipe, datamodule: "SegmentationDataModule", folder: 
         deterministic="warn" if options.deterministic else False,
         enable_checkpointing=False,
         enable_model_summary=False,
-        plugins=[AtomicCheckpointIO()],
+        plugins=[atomic_checkpoint_io()],
         logger=[metrics, *([mirror] if mirror is not None else [])],
         callbacks=[
             ExactResume(recipe.seed),
             ledger,
             ReestimatedStatistics(datamodule.statistics_batches, may_choose, ledger),
             Pictures(folder / "pictures", datamodule.label_table.palette, mirror),
-            Checkpoints(folder / "checkpoints", options.save_every_minutes, may_choose, checkpoint_record(recipe, datamodule)),
+            Checkpoints(
+                folder / "checkpoints", options.save_every_minutes, may_choose, checkpoint_record(recipe, datamodule)
+            ),
         ],
         default_root_dir=folder,
     )
@@ -239,10 +242,9 @@ def load_model(path: Path, *, averaged: bool = True) -> tuple[nn.Module, dict[st
     if record is None:
         raise CheckpointError(f"{path}: holds no dance_seg record; give a checkpoint that tools.train wrote")
     recipe = recipe_from_record(record["recipe"], at=f"{path}:recipe")
-    args = {**recipe.model.args}
-    if args.get("encoder_weights"):
-        args["encoder_weights"] = None  # the checkpoint holds the weights; nothing is to be fetched
-    recipe = Recipe(**{**{k: getattr(recipe, k) for k in recipe.__dataclass_fields__}, "model": type(recipe.model)(recipe.model.name, args)})
+    if recipe.model.args.get("encoder_weights"):
+        # The checkpoint holds the weights; nothing is to be fetched.
+        recipe = replace(recipe, model=Part(recipe.model.name, {**recipe.model.args, "encoder_weights": None}))
     model = build_model(recipe, len(record["labels"]["classes"]))
     if averaged and "average" in checkpoint:
         weights = checkpoint["average"]["state_dict"]
@@ -252,7 +254,9 @@ def load_model(path: Path, *, averaged: bool = True) -> tuple[nn.Module, dict[st
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
-        raise CheckpointError(f"{path}: its tensors do not fit its recipe: {str(error).splitlines()[1].strip()}") from None
+        raise CheckpointError(
+            f"{path}: its tensors do not fit its recipe: {str(error).splitlines()[1].strip()}"
+        ) from None
     return model.eval(), record
 
 
@@ -287,9 +291,7 @@ def _open_folder(recipe: Recipe, folder: Path) -> None:
     clean_temporary(folder / "checkpoints")
     there = folder / "recipe.yaml"
     if there.is_file():
-        differing = [
-            d for d in recipe_differences(load_recipe(there), recipe) if not d.startswith(FREE_KEYS)
-        ]
+        differing = [d for d in recipe_differences(load_recipe(there), recipe) if not d.startswith(FREE_KEYS)]
         if differing:
             raise ValueError(
                 f"{folder} holds a run of another recipe (there / here: {'; '.join(differing[:5])}); choose another "
@@ -319,9 +321,9 @@ def circumstances() -> dict[str, Any]:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         processor = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), processor)
     try:
-        described = subprocess.run(
-            ["git", "describe", "--always", "--dirty=+"], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10
-        ).stdout.strip()
+        command = ["git", "describe", "--always", "--dirty=+"]
+        place = Path(__file__).parent
+        described = subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=10).stdout.strip()
     except (OSError, subprocess.TimeoutExpired):
         described = ""
     return {

@@ -15,11 +15,9 @@ from dance_seg.batch_norm import reestimate_batch_norm
 from dance_seg.checkpoint import load_checkpoint
 from dance_seg.cost.ledger import Ledger, MacsPerSize
 from dance_seg.normalise import denormalise
-from dance_seg.randomness import seed_torch
+from dance_seg.module import write_figures
+from dance_seg.randomness import Stream, seed_torch
 from dance_seg.sample import Batch
-
-# Streams of random numbers: 1 to 4 are the plan's and the sampler's, and augmentation has one of its own.
-STEP = 6
 
 
 class ExactResume(Callback):
@@ -49,7 +47,7 @@ class ExactResume(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Seed dropout and its like for this step of this rank."""
-        seed_torch(self.seed, STEP, self.epoch, self.batch, trainer.global_rank)
+        seed_torch(self.seed, Stream.STEP, self.epoch, self.batch, trainer.global_rank)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """One batch further."""
@@ -128,8 +126,7 @@ class CostLedger(Callback):
         summary = trainer.datamodule.schedule[trainer.current_epoch]  # type: ignore[attr-defined]
         self.ledger.add_offered(summary.images_offered)
         self.ledger.add_dropped(summary.images_dropped)
-        figures = self.ledger.reduced().summary()
-        pl_module.log_dict({key: float(value) for key, value in figures.items()}, rank_zero_only=False)
+        write_figures(pl_module, self.ledger.reduced().summary())
         if self.folder is not None and trainer.is_global_zero:
             self.write(self.folder / "cost.json", pl_module.evaluated_model, trainer.datamodule.crop)  # type: ignore[attr-defined]
 
@@ -163,7 +160,7 @@ class ReestimatedStatistics(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Re-estimate, when this validation may choose a checkpoint."""
-        if trainer.sanity_checking or not trainer.training and trainer.state.fn != "fit":
+        if trainer.sanity_checking or (not trainer.training and trainer.state.fn != "fit"):
             return
         if not self.due(trainer.current_epoch):
             return
@@ -223,10 +220,10 @@ class Checkpoints(Callback):
         """Choose the best, then save the newest: by time, after a choice, and at the end."""
         validated = (trainer.current_epoch + 1) % trainer.check_val_every_n_epoch == 0  # type: ignore[operator]
         miou = trainer.callback_metrics.get("val/miou")
-        if validated and miou is not None and self.may_choose(trainer.current_epoch):
-            if self.best_miou is None or float(miou) > self.best_miou:
-                self.best_miou = float(miou)
-                trainer.save_checkpoint(self.folder / "best.ckpt")
+        chosen = validated and miou is not None and self.may_choose(trainer.current_epoch)
+        if chosen and (self.best_miou is None or float(miou) > self.best_miou):  # type: ignore[arg-type]
+            self.best_miou = float(miou)  # type: ignore[arg-type]
+            trainer.save_checkpoint(self.folder / "best.ckpt", weights_only=False)
         due = time.monotonic() - self._saved_at >= self.every_seconds
         if trainer.world_size > 1:
             due = bool(trainer.strategy.broadcast(due))
@@ -236,7 +233,7 @@ class Checkpoints(Callback):
     def save(self, trainer: Trainer) -> None:
         """Write the newest state and let the third newest go."""
         path = self.folder / f"step-{trainer.global_step:08d}.ckpt"
-        trainer.save_checkpoint(path)
+        trainer.save_checkpoint(path, weights_only=False)
         if trainer.is_global_zero:
             for old in sorted(self.folder.glob("step-*.ckpt"))[:-2]:
                 old.unlink()
@@ -280,10 +277,9 @@ class Pictures(Callback):
                 picture.putpalette([channel for color in self.palette for channel in color])
                 picture.save(self.folder / f"{stem}_{kind}.png")
         if self.tracker is not None:
-            names, images, labels, predictions = zip(*self._kept, strict=True)
-            self.tracker.log_pictures(
-                "val/pictures", names, images, labels, predictions, pl_module.classes, step=trainer.global_step
-            )
+            _, images, labels, predictions = zip(*self._kept, strict=True)
+            masks = {"prediction": predictions, "label": labels}
+            self.tracker.log_images("val/pictures", images, masks, pl_module.classes, step=trainer.global_step)
 
 
 def checkpoint_of(folder: Path, choice: str) -> tuple[Path, dict[str, Any]]:

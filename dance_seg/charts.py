@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from markupsafe import Markup
 
-WIDTH, HEIGHT = 460, 250
-LEFT, RIGHT, TOP, BOTTOM = 50, 16, 14, 40
+WIDTH, HEIGHT = 390, 236
+LEFT, RIGHT, TOP, BOTTOM = 48, 14, 30, 38
 MAX_POINTS = 300  # a line with more is drawn as the mean of each bin, with the range behind it
 SERIES = 8  # colours told apart by eye; further series are grey
 RAMP = 7  # steps from the palest to the strongest shade of an ordered scale
@@ -86,7 +86,7 @@ class Frame:
 
     def axes(self, *, x_ticks: bool = True, percent: bool = False) -> Markup:
         """Grid lines, tick labels and the two axis labels."""
-        parts = [Markup('<text class="axis" x="2" y="{}">{}</text>').format(self.top - 4, self.y_label)]
+        parts = [Markup('<text class="axis" x="2" y="{}">{}</text>').format(self.top - 14, self.y_label)]
         y_ticks = ticks(self.y_low, self.y_high, 4)
         for value, text in zip(y_ticks, tick_texts(y_ticks, percent), strict=True):
             height = self.y(value)
@@ -160,7 +160,6 @@ def line_chart(
         padded(float(all_y.min()), float(all_y.max()), from_zero),
         x_label,
         y_label,
-        top=30,
     )
     parts = [_span(frame, span) for span in spans] + [frame.axes()]
     for line, x, y in drawn:
@@ -179,7 +178,7 @@ def stacked_chart(
     columns = heights.shape[1]
     edges = np.concatenate([np.zeros((1, columns)), np.cumsum(heights, axis=0)])
     top = max(1.0, float(edges[-1].max()))
-    frame = Frame((0, columns), (0, top), x_label, y_label, top=30)
+    frame = Frame((0, columns), (0, top), x_label, y_label)
     parts = []
     for number, layer in enumerate(layers):
         outline = [(i + side, edges[number + 1, i]) for i in range(columns) for side in (0, 1)]
@@ -214,7 +213,7 @@ def histogram(
     if not len(data):
         return Markup("")
     counts, edges = np.histogram(data, bins=min(bins, max(1, len(data))))
-    top = 30 + 13 * (len(boundaries) > 0)
+    top = TOP + 14 * (len(boundaries) > 0)
     frame = Frame((float(edges[0]), float(edges[-1])), (0, float(counts.max()) * 1.04), x_label, y_label, top=top)
     parts = [frame.axes()]
     for count, left, right in zip(counts, edges[:-1], edges[1:], strict=True):
@@ -245,7 +244,7 @@ def scatter(points: Sequence[Mark], *, title: str, x_label: str, y_label: str) -
         return Markup("")
     low, high = padded(min(p.y for p in shown), max(p.y for p in shown), False)
     high = max(high, low + 1)  # a tenth of a point must not look like a gulf
-    frame = Frame((0, max(p.x for p in shown) * 1.06 or 1), (low, high), x_label, y_label, top=30)
+    frame = Frame((0, max(p.x for p in shown) * 1.06 or 1), (low, high), x_label, y_label)
     return svg(title, [frame.axes(), *(_mark(frame, point) for point in shown)])
 
 
@@ -324,11 +323,11 @@ def _mark(frame: Frame, mark: Mark) -> Markup:
     anchor, shift = ("end", 4) if x > (LEFT + frame.end) / 2 else ("start", -4)
     return Markup(
         '<circle class="mark {}" cx="{}" cy="{}" r="5"/><text class="value" x="{}" y="{}" text-anchor="{}">{}</text>'
-    ).format(series_class(mark.series), x, y, x + shift, max(y - 10, frame.top - 4), anchor, mark.label)
+    ).format(series_class(mark.series), x, y, x + shift, max(y - 10, frame.top - 8), anchor, mark.label)
 
 
 def _span(frame: Frame, span: Span) -> Markup:
     left, right = frame.x(span.start), frame.x(span.end)
     return Markup(
         '<rect class="span" x="{}" y="{}" width="{}" height="{}"/><text class="tick" x="{}" y="{}" text-anchor="end">{}</text>'
-    ).format(left, frame.top, round(right - left, 1), HEIGHT - BOTTOM - frame.top, right, frame.top - 4, span.label)
+    ).format(left, frame.top, round(right - left, 1), HEIGHT - BOTTOM - frame.top, right - 4, HEIGHT - BOTTOM - 7, span.label)

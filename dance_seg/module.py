@@ -1,7 +1,7 @@
 """The training step, as a LightningModule: logits, a loss per image, one weighted mean."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -105,7 +105,8 @@ class SegmentationModule(LightningModule):
             if iou is not None and np.isfinite(iou):  # a class that is nowhere has no IoU
                 figures[f"val/iou/{name}"] = iou
         # The matrix is summed over ranks already, so every rank holds the same figures.
-        self.log_dict({key: float(value) for key, value in figures.items()}, rank_zero_only=False, sync_dist=False)
+        self.log("val/miou", scores.miou, prog_bar=True, logger=False, sync_dist=False)
+        write_figures(self, figures)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """The optimiser; normalisation and biases do not decay."""
@@ -120,6 +121,13 @@ class SegmentationModule(LightningModule):
         """Restore the averaged weights."""
         if self.average is not None:
             self.average.restore(checkpoint["average"])
+
+
+def write_figures(module: LightningModule, figures: Mapping[str, float]) -> None:
+    """Hand figures to the loggers as they are; Lightning's own `log` would round them to float32."""
+    row = {**{key: float(value) for key, value in figures.items()}, "epoch": module.current_epoch}
+    for logger in module.loggers:
+        logger.log_metrics(row, step=module.global_step)
 
 
 class WeightAverage:

@@ -100,7 +100,7 @@ class Panel:
 
 @dataclass(frozen=True)
 class Panels:
-    """Pictures side by side, with a title for the row."""
+    """Pictures side by side, with a title for the row; small ones in the width of a chart."""
 
     kind: ClassVar[str] = "panels"
     panels: tuple[Panel, ...]
@@ -134,7 +134,15 @@ class Lines:
     lines: tuple[str, ...]
 
 
-Block = Chart | Bars | Table | Panels | Legend | Details | Lines
+@dataclass(frozen=True)
+class Stack:
+    """Blocks one below the other, in the width of one."""
+
+    kind: ClassVar[str] = "stack"
+    blocks: tuple["Block", ...]
+
+
+Block = Chart | Bars | Table | Panels | Legend | Details | Lines | Stack
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,22 @@ So resuming, the number of workers and the number of ranks cannot change a draw,
 """
 
 import random
+from enum import IntEnum
 
 import numpy as np
 import torch
+
+
+class Stream(IntEnum):
+    """One stream of random numbers for each decision, so that changing one leaves the others as they were."""
+
+    DROP = 1  # which images an epoch drops
+    SIZE = 2  # drawn sizes
+    ORDER = 3  # of the images in an epoch
+    BATCHES = 4  # their order
+    STATISTICS = 5  # which images BatchNorm statistics are re-estimated on
+    AUGMENTATION = 6
+    STEP = 7  # dropout and its like
 
 
 def generator(seed: int, *counters: int) -> np.random.Generator:

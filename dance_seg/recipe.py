@@ -1,7 +1,7 @@
-"""A recipe: the options of one run, read from one YAML file and the command line. The only file that knows OmegaConf."""
+"""A recipe: the options of one run, from one YAML file and the command line. The only file that knows OmegaConf."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -75,7 +75,7 @@ def parse_recipe(text: str, overrides: Sequence[str] = (), *, at: str = "recipe"
     except ValueError as error:
         raise ValueError(f"{at}: {error}") from None
     if not recipe.name:
-        recipe = _renamed(recipe, name)
+        recipe = replace(recipe, name=name)
     try:
         check_recipe(recipe)
     except ValueError as error:
@@ -129,14 +129,12 @@ def recipe_differences(first: Recipe, second: Recipe) -> list[str]:
     def flat(value: Any, prefix: str) -> dict[str, Any]:
         if not isinstance(value, dict) or not value:
             return {prefix: value}
-        return {k: v for key, item in value.items() for k, v in flat(item, f"{prefix}.{key}" if prefix else key).items()}
+        return {
+            k: v for key, item in value.items() for k, v in flat(item, f"{prefix}.{key}" if prefix else key).items()
+        }
 
     one, two = flat(recipe_record(first), ""), flat(recipe_record(second), "")
     return [f"{k}: {one.get(k)} / {two.get(k)}" for k in sorted(one.keys() | two.keys()) if one.get(k) != two.get(k)]
-
-
-def _renamed(recipe: Recipe, name: str) -> Recipe:
-    return Recipe(**{**{key: getattr(recipe, key) for key in recipe.__dataclass_fields__}, "name": name})
 
 
 def _first_line(error: Exception) -> str:
@@ -150,7 +148,7 @@ def _refuse_tricks(text: str, at: str) -> None:
             if isinstance(event, yaml.AliasEvent):
                 raise ValueError(f"{at}:{event.start_mark.line + 1}: YAML aliases (*{event.anchor}) are not allowed")
             tag = getattr(event, "tag", None)
-            if tag and not tag.startswith("tag:yaml.org,2002:") or (tag and "python" in tag):
+            if (tag and not tag.startswith("tag:yaml.org,2002:")) or (tag and "python" in tag):
                 raise ValueError(f"{at}:{event.start_mark.line + 1}: YAML tags ({tag}) are not allowed")
         top = yaml.safe_load(text)
     except yaml.YAMLError as error:

@@ -29,6 +29,7 @@ from dance_seg.page import (
     Panel,
     Panels,
     Section,
+    Stack,
     Table,
     change_text,
     count_text,
@@ -128,7 +129,7 @@ def shown_validation(run: Run) -> Validation | None:
 def against_dense(run: Run) -> str:
     """The pixels of the plan against those of the same epochs with every image at full resolution."""
     planned = planned_pixels(run)
-    return f"{change_text(planned[0] / planned[1])} pixels against dense epochs" if planned else ""
+    return f"{change_text(planned[0] / planned[1])} pixels against dense epochs of full images" if planned else ""
 
 
 def planned_pixels(run: Run) -> tuple[float, float] | None:
@@ -294,7 +295,7 @@ def costs(run: Run) -> Section:
     blocks = [block for unit in ("seconds", "gmacs") if (block := cost_bars(run, unit)) is not None]
     return Section(
         title,
-        (*blocks, ledger_table(run), inference_table(run)),
+        (Stack(tuple(blocks)), Stack((inference_table(run), ledger_table(run)))),
         "Overheads of the method are part of its cost. Validation is not: it scores the run, it does not train it.",
     )
 
@@ -379,7 +380,7 @@ def plan(run: Run) -> Section:
                 note=f"{change_text(paid / dense)} against training each image at full resolution in each epoch.",
             )
         ]
-    return Section(title, (block, *bars, plan_table(run)), "")
+    return Section(title, (block, Stack((*bars, plan_table(run)))))
 
 
 def plan_chart(run: Run) -> Chart:
@@ -485,17 +486,18 @@ def complexity_chart(run: Run, values: Sequence[float], measure: str) -> tuple[C
 
 def thumbnail_row(title: str, found: Sequence[Thumbnail], scored: Mapping[str, Any]) -> Panels | None:
     """Training images in a row with their complexity."""
-    values = dict(zip(map(str, scored.get("names") or ()), scored.get("values") or (), strict=False))
+    values = sorted(value for item in scored.get("values") or () if (value := number(item)) is not None)
+    if title != "Simplest":
+        values.reverse()
 
     def panels(width: int) -> list[Panels]:
         made = []
         for one in found[:MOST_PICTURES]:
-            value = number(values.get(one.name))
             try:
                 uri = embedded_image(read_image(one.path), width)
             except DataError:
                 continue
-            made.append(Panel(uri, one.name, "" if value is None else f"complexity {value:.4g}"))
+            made.append(Panel(uri, one.name, f"complexity {values[one.rank]:.4g}" if one.rank < len(values) else ""))
         return [Panels(tuple(made), title=title, small=True)]
 
     (row,) = fitted(panels, THUMBNAIL_BYTES, panels_bytes, widths=(320, 240, 160, 100))

@@ -232,7 +232,7 @@ class GuardedWandbLogger(Logger):
                     stacklevel=4,
                 )
 
-    def _start_in(self, mode: str) -> Any:
+    def _start_in(self, mode: Any) -> Any:
         import wandb
         from pytorch_lightning.loggers.wandb import WandbLogger
 
@@ -246,7 +246,7 @@ class GuardedWandbLogger(Logger):
         }
         settings = wandb.Settings(**{key: value for key, value in wanted.items() if key in wandb.Settings.model_fields})
         if mode == "online":
-            _look_for_server(settings.base_url)
+            _look_for_server(wandb.setup().settings.base_url)
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
             run = wandb.init(dir=str(self.folder), mode=mode, resume="allow", settings=settings, **self.options)

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Subset
 from dance_seg.data_slimming.complexity import quantiles
 from dance_seg.data_slimming.plan import DataSlimming, rare_images
 from dance_seg.normalise import normalise
-from dance_seg.randomness import generator
+from dance_seg.randomness import Stream, generator
 from dance_seg.sample import Batch, Sample
 from datamodules.complexity_table import ComplexityTable, complexity_table
 from datamodules.decoded_cache import open_cache
@@ -24,8 +24,6 @@ from datamodules.label_table import LabelTable
 from datamodules.sampler import EpochSummary, SameScaleBatches
 from datamodules.sources import Pair
 from datamodules.transforms import Augmentation, EvaluationImages, TrainingImages, worker_init
-
-STATISTICS = 5  # stream of random numbers: which images BatchNorm statistics are re-estimated on
 
 
 class Source(Protocol):
@@ -225,7 +223,7 @@ class SegmentationDataModule(LightningDataModule):
     def statistics_batches(self) -> Iterator[Tensor]:
         """Normalised full images of a fixed list of training images, for BatchNorm statistics."""
         images = EvaluationImages(self.source("train"), self.resolution)
-        chosen = generator(self.seed, STATISTICS).permutation(len(images))[: self.statistics_images]
+        chosen = generator(self.seed, Stream.STATISTICS).permutation(len(images))[: self.statistics_images]
         waiting: dict[tuple[int, ...], list[Tensor]] = {}
         for index in chosen:
             image = images[int(index)].images[0]

@@ -163,7 +163,7 @@ def open_cache(
     """
     if not budget_gb >= 0:
         raise ValueError(f"data.args.cache_gb is {budget_gb!r}; a number of gigabytes, 0 for no cache")
-    budget = int(budget_gb * 1e9)
+    budget = round(budget_gb * 1e9)
     if budget == 0 or len(source) == 0:
         return CachedSource(source, None)
     name = hashlib.sha256(source.fingerprint.encode()).hexdigest()[:32]

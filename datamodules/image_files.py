@@ -14,7 +14,6 @@ import os
 import stat
 import struct
 import threading
-import warnings
 import zlib
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -118,8 +117,7 @@ def read_label(path: Path, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     _check_all_rows(pixels, header, path)
     _count_decode()
     try:
-        with warnings.catch_warnings(), Image.open(io.BytesIO(data), formats=("PNG",)) as picture:
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own cap has been applied
+        with Image.open(io.BytesIO(data), formats=("PNG",)) as picture:
             raw = np.array(picture)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"{path} cannot be decoded: {error}") from None

@@ -6,11 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from dance_seg.data_slimming.plan import DataSlimming, Plan, plan, scaled_size
-from dance_seg.randomness import generator
+from dance_seg.randomness import Stream, generator
 from dance_seg.sample import Draw
-
-# Streams of random numbers; those of the plan are 1 and 2.
-ORDER, BATCHES = 3, 4
 
 
 @dataclass(frozen=True)
@@ -115,7 +112,7 @@ class SameScaleBatches:
             keep[dropped[np.argsort(self.quantiles[dropped], kind="stable")[::-1][:missing]]] = True
         images = np.concatenate([carried, np.flatnonzero(keep)])
         again = np.arange(len(images)) < len(carried)
-        order = generator(self.seed, epoch, ORDER).permutation(len(images))
+        order = generator(self.seed, Stream.ORDER, epoch).permutation(len(images))
         images, again = images[order], again[order]
         groups, rest = [], np.empty(0, np.int64)  # rest: positions in `images`
         for scale, count in enumerate(self.images_per_batch):
@@ -123,7 +120,7 @@ class SameScaleBatches:
             full = len(pool) // count * count
             groups += [Group(images[part], again[part], scale) for part in pool[:full].reshape(-1, count)]
             rest = pool[full:]
-        shuffled = generator(self.seed, epoch, BATCHES).permutation(len(groups))
+        shuffled = generator(self.seed, Stream.BATCHES, epoch).permutation(len(groups))
         return [groups[i] for i in shuffled], images[rest]
 
     def _summarise(self, epoch: int) -> EpochSummary:

@@ -14,13 +14,32 @@ import numpy as np
 
 from dance_seg.randomness import paired_generators
 from dance_seg.sample import IGNORE, Sample
-from datamodules.scene_painter import (
-    BUILDING, CLASSES, NEAREST, PAVEMENT, ROAD, SKY, TREE, Camera, Colour, Light, Painter,
-)  # fmt: skip
-from datamodules.scene_things import (
-    CIRCLE, FAR, WALLS, Scene, Street, how_many, lots, one_of, people, rectangles_on_wall, shifted, street_furniture, traffic,
+from datamodules.scenery.painter import (
+    BUILDING,
+    CLASSES,
+    NEAREST,
+    PAVEMENT,
+    ROAD,
+    SKY,
+    TREE,
+    Camera,
+    Colour,
+    Light,
+    Painter,
+)
+from datamodules.scenery.roadside import WALLS, lots, street_furniture
+from datamodules.scenery.street import (
+    CIRCLE,
+    FAR,
+    Scene,
+    Street,
+    how_many,
+    one_of,
+    rectangles_on_wall,
+    shifted,
     upright,
-)  # fmt: skip
+)
+from datamodules.scenery.traffic import people, traffic
 
 __all__ = ["CLASSES", "PALETTE", "render_scene"]
 
@@ -55,8 +74,10 @@ def render_scene(seed: int, index: int, size: tuple[int, int] = (192, 256)) -> S
     rng, draw = paired_generators(seed, index, SCENES)
     crowdedness = draw.random()
     light = draw_light(draw)
-    scene = Scene(draw, draw_street(draw, crowdedness), light, crowdedness)
-    camera = Camera(draw.uniform(1.35, 1.8), draw.uniform(0.9, 1.25), draw.uniform(0.4, 0.54), draw.uniform(-0.12, 0.12))
+    scene = Scene(draw, draw_street(draw, crowdedness), light, crowdedness, taken=[])
+    camera = Camera(
+        draw.uniform(1.35, 1.8), draw.uniform(0.9, 1.25), draw.uniform(0.4, 0.54), draw.uniform(-0.12, 0.12)
+    )
     painter = Painter(camera, light, size)
     paint_sky(painter, rng, cloudiness=draw.uniform(0, 0.3 + 0.7 * crowdedness))
     paint_skyline(painter, draw, crowdedness)
@@ -111,7 +132,8 @@ def paint_sky(painter: Painter, rng: np.random.Generator, cloudiness: float) -> 
     clouds = np.full((rows, columns), cloudiness - 0.5, np.float32)
     for octave in range(4):
         grid = rng.random((4 * 2**octave, 5 * 2**octave), dtype=np.float32) - 0.5
-        clouds += cv2.resize(grid, (columns, rows), interpolation=cv2.INTER_CUBIC) / 1.6**octave
+        larger: np.ndarray = cv2.resize(grid, (columns, rows), interpolation=cv2.INTER_CUBIC)
+        clouds += larger / 1.6**octave
     cover = np.clip(clouds * 1.76, 0, 0.8)[..., None]
     cloud = np.minimum(low * 0.6 + np.float32(48 if light.is_dusk else 106), 255)
     sky = (top + (low - top) * low_share) * (1 - cover) + cloud * ((1 - 0.25 * cover) * cover)
@@ -156,7 +178,7 @@ def bands(street: Street, left: float, right: float, near: np.ndarray, far: np.n
 
 def paint_ground(painter: Painter, scene: Scene) -> None:
     """Verges of grass (which CamVid counts as trees) or paving, pavements with kerbs and slabs, and the road."""
-    draw, street, _, crowdedness = scene
+    draw, street, crowdedness = scene.draw, scene.street, scene.crowdedness
     depths = np.append(np.geomspace(NEAREST, FAR, 16), FAR * 1.6)
     far, near = depths[:0:-1], depths[-2::-1]
     patches = [draw.gauss(1, 0.02 + 0.03 * crowdedness) for _ in near]
@@ -177,7 +199,7 @@ def paint_ground(painter: Painter, scene: Scene) -> None:
 
 def paint_road(painter: Painter, scene: Scene) -> None:
     """Repairs, manholes, lane marks and, now and then, a zebra crossing; all of it is road."""
-    draw, street, _, crowdedness = scene
+    draw, street, crowdedness = scene.draw, scene.street, scene.crowdedness
     half = street.half
     for _ in range(how_many(draw, 1.0 + 4 * crowdedness)):
         left, tone = draw.uniform(-half, half * 0.7), draw.uniform(50, 120)
@@ -231,7 +253,7 @@ def develop(image: np.ndarray, label: np.ndarray, rng: np.random.Generator, crow
     gain = cv2.LUT(label, ROUGHNESS * np.float32(1.3 * rough)) * grain + 1
     image = cv2.multiply(image, cv2.cvtColor(gain, cv2.COLOR_GRAY2RGB), dtype=cv2.CV_8U)
     if blur > 0.8:
-        image = cv2.GaussianBlur(image, (0, 0), 0.45 + 0.0022 * height * (blur - 0.8) / 0.2)
+        image = cv2.GaussianBlur(image, (0, 0), 0.4 + 0.008 * height * (blur - 0.8))
     speckle = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
     image = cv2.addWeighted(image, 1.0, speckle, noise, -127.5 * noise)
     return cv2.LUT(image, np.rint(255 * (np.arange(256) / 255) ** gamma).astype(np.uint8))

@@ -5,7 +5,7 @@ import json
 import logging
 import os
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from difflib import get_close_matches
 from functools import cached_property
@@ -139,10 +139,13 @@ def hold_out(pairs: Sequence[Pair], spec: str | float | Path | Sequence[str] | N
         return list(pairs), []
     if isinstance(spec, bool) or not isinstance(spec, str | Path | int | float | Sequence):
         raise ValueError(f"data.args.hold_out is {spec!r}: a group, a list of names, a text file or a fraction")
+    known = {pair.group for pair in pairs} | {pair.name for pair in pairs}
     if isinstance(spec, int | float):
-        chosen = _fraction_by_hash([pair.name for pair in pairs], float(spec))
+        spec = _unread_number(spec, known)
+    if isinstance(spec, int | float):
+        chosen = _fraction_by_hash([pair.name for pair in pairs], spec)
     else:
-        chosen = _named(pairs, _names(pairs, spec))
+        chosen = _named(pairs, _names(spec, known))
     held = [pair for pair in pairs if pair.name in chosen]
     kept = [pair for pair in pairs if pair.name not in chosen]
     if not held or not kept:
@@ -159,10 +162,25 @@ def _fraction_by_hash(names: Sequence[str], fraction: float) -> set[str]:
     return set(by_hash[:count])
 
 
-def _names(pairs: Sequence[Pair], spec: str | Path | Sequence[str]) -> list[str]:
+def _unread_number(value: str | float, known: Iterable[str]) -> str | float:
+    """The name that was read as a number: to YAML CamVid's drive 0016E5 is 1600000.0.
+
+    >>> _unread_number(1600000.0, ["0006R0", "0016E5"]), _unread_number(0.2, ["0016E5"])
+    ('0016E5', 0.2)
+    """
+    return value if isinstance(value, str) else next((name for name in known if _reads_as(name, value)), value)
+
+
+def _reads_as(name: str, value: float) -> bool:
+    try:
+        return float(name) == value
+    except ValueError:
+        return False
+
+
+def _names(spec: str | Path | Sequence[str], known: Collection[str]) -> list[str]:
     if not isinstance(spec, str | Path):
-        return [str(name) for name in spec]
-    known = {pair.group for pair in pairs} | {pair.name for pair in pairs}
+        return [str(_unread_number(name, known)) for name in spec]
     if str(spec) in known or not str(spec).endswith(".txt"):
         return [str(spec)]
     lines = [line for _, line in read_lines(Path(spec).expanduser())]

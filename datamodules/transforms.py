@@ -109,7 +109,7 @@ def cut(sample: Sample, window: Window, image_out: np.ndarray, label_out: np.nda
     padded = label_out[target].shape != label_out.shape
     if padded:
         label_out[:] = IGNORE
-    shrink(image, label, image_out[target], label_out[target])
+    resize(image, label, image_out[target], label_out[target])
     if padded:
         _reflect(image_out, rows.target, columns.target)
     if window.flip:
@@ -117,7 +117,7 @@ def cut(sample: Sample, window: Window, image_out: np.ndarray, label_out: np.nda
         cv2.flip(label_out, 1, dst=label_out)
 
 
-def shrink(image: np.ndarray, label: np.ndarray, image_out: np.ndarray, label_out: np.ndarray) -> None:
+def resize(image: np.ndarray, label: np.ndarray, image_out: np.ndarray, label_out: np.ndarray) -> None:
     """Resize an image and its label to the sizes of `image_out` and `label_out`, smaller or larger.
 
     By whole factors areas are averaged exactly. What is left of the reduction, a factor r below 2, is a three-tap
@@ -128,16 +128,9 @@ def shrink(image: np.ndarray, label: np.ndarray, image_out: np.ndarray, label_ou
     height, width = label_out.shape
     whole = min(label.shape[0] // height, label.shape[1] // width)
     if whole >= 2:
-        num_rows, num_columns = label.shape[0] // whole, label.shape[1] // whole
-        image = image[: num_rows * whole, : num_columns * whole]
-        label = label[: num_rows * whole, : num_columns * whole]
-        to_size = image_out if (num_rows, num_columns) == (height, width) else None
-        image = cv2.resize(image, (num_columns, num_rows), dst=to_size, interpolation=cv2.INTER_AREA)
-    if image is not image_out:
-        down, across = image.shape[0] / height, image.shape[1] / width
-        if max(down, across) > _BLUR_FROM:
-            image = cv2.sepFilter2D(image, -1, _blur(across), _blur(down))
-        cv2.resize(image, (width, height), dst=image_out, interpolation=cv2.INTER_LINEAR)
+        kept = (slice(label.shape[0] // whole * whole), slice(label.shape[1] // whole * whole))
+        image, label = image[kept], label[kept]
+    _resize_image(image, whole, image_out)
     cv2.resize(label, (width, height), dst=label_out, interpolation=cv2.INTER_NEAREST_EXACT)
 
 
@@ -249,6 +242,20 @@ def _reflect(image: np.ndarray, rows: slice, columns: slice) -> None:
     height, width = image.shape[:2]
     sides = (rows.start, height - rows.stop, columns.start, width - columns.stop)
     cv2.copyMakeBorder(image[rows, columns], *sides, cv2.BORDER_REFLECT_101, dst=image)
+
+
+def _resize_image(image: np.ndarray, whole: int, image_out: np.ndarray) -> None:
+    height, width = image_out.shape[:2]
+    if whole >= 2:
+        size = (image.shape[1] // whole, image.shape[0] // whole)
+        if size == (width, height):
+            cv2.resize(image, size, dst=image_out, interpolation=cv2.INTER_AREA)
+            return
+        image = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+    down, across = image.shape[0] / height, image.shape[1] / width
+    if max(down, across) > _BLUR_FROM:
+        image = cv2.sepFilter2D(image, -1, _blur(across), _blur(down))
+    cv2.resize(image, (width, height), dst=image_out, interpolation=cv2.INTER_LINEAR)
 
 
 @lru_cache(maxsize=1024)

@@ -68,7 +68,9 @@ def test_dance_seg_imports_only_downwards(path):
         top, *rest = name.split(".")
         assert top not in ("datamodules", "tools"), f"{relative(path)} imports {name}"
         if top == "dance_seg" and rest and own != "__init__" and rest[0] != own:
-            assert RANKS[rest[0]] < RANKS[own] or (RANKS[own] == RANKS[rest[0]] == 3), f"{relative(path)} imports {name}"
+            assert RANKS[rest[0]] < RANKS[own] or (RANKS[own] == RANKS[rest[0]] == 3), (
+                f"{relative(path)} imports {name}"
+            )
 
 
 @pytest.mark.parametrize("path", files("datamodules"), ids=relative)

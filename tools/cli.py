@@ -2,8 +2,10 @@
 
 import argparse
 import json
+import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 
 def run(main: Callable[[], int | None]) -> None:
     """Run a tool's main function; an error a person can act on is one line and exit status 2."""
+    quiet()
     try:
         status = main()
     except (ValueError, OSError) as error:
@@ -22,6 +25,20 @@ def run(main: Callable[[], int | None]) -> None:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
     raise SystemExit(status or 0)
+
+
+def quiet() -> None:
+    """Leave out what libraries say of themselves; what concerns the user's data, recipe or machine stays."""
+    for noise in (".*isinstance.treespec.*", ".*does not have many workers.*", ".*smaller than the logging interval.*"):
+        warnings.filterwarnings("ignore", message=noise)
+
+    class Unasked(logging.Filter):
+        def filter(self, record: logging.LogRecord) -> bool:
+            said = record.getMessage()
+            return not said.startswith(("💡", "`weights_only`", "TPU available", "HPU available"))
+
+    for name in ("pytorch_lightning.utilities.rank_zero", "lightning.pytorch.utilities.rank_zero", "pytorch_lightning"):
+        logging.getLogger(name).addFilter(Unasked())
 
 
 def parser(description: str, *, figures: bool = False) -> argparse.ArgumentParser:
@@ -36,7 +53,10 @@ def add_recipe(made: argparse.ArgumentParser) -> None:
     """The RECIPE argument and its overrides."""
     made.add_argument("recipe", metavar="RECIPE", help="a YAML file, such as recipes/camvid_data_slimming.yaml")
     made.add_argument(
-        "overrides", metavar="key=value", nargs="*", help="what to change, such as trainer.max_epochs=2 data.args.root=DIR"
+        "overrides",
+        metavar="key=value",
+        nargs="*",
+        help="what to change, such as trainer.max_epochs=2 data.args.root=DIR",
     )
 
 

@@ -51,7 +51,10 @@ def main() -> int:
     print(f"  {figures['gmacs']:.3f} GMACs per image, {cost.parameters / 1e6:.3f} M parameters")
     print(f"  not counted: {', '.join(cost.uncounted) or 'nothing'}")
     print(f"  {latency}")
-    print(f"  energy: {meter.source}" + ("" if meter.joules is None else f", {figures['joules_per_image']:.3f} J per image"))
+    print(
+        f"  energy: {meter.source}"
+        + ("" if meter.joules is None else f", {figures['joules_per_image']:.3f} J per image")
+    )
     there = arguments.run / "cost.json"
     if there.is_file():
         kept = json.loads(there.read_text())

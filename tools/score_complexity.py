@@ -35,13 +35,15 @@ def main() -> int:
     print("simplest:     " + ", ".join(table.names[i] for i in order[:5]))
     print("most complex: " + ", ".join(table.names[i] for i in order[::-1][:5]))
     sizes = datamodule.batches.sizes
-    print("\nepoch  steps  dropped  " + "  ".join(f"{height}x{width}" for height, width in sizes) + "   share of dense pixels")
+    print(
+        "\nepoch  steps  dropped  "
+        + "  ".join(f"{height}x{width}" for height, width in sizes)
+        + "   share of dense pixels"
+    )
     dense = len(table.values) * sizes[-1][0] * sizes[-1][1]
     schedule = datamodule.schedule
     for epoch in schedule[:: max(1, len(schedule) // 20)]:
-        counts = "  ".join(
-            f"{n:{len(f'{h}x{w}')}d}" for n, (h, w) in zip(epoch.images_per_scale, sizes, strict=True)
-        )
+        counts = "  ".join(f"{n:{len(f'{h}x{w}')}d}" for n, (h, w) in zip(epoch.images_per_scale, sizes, strict=True))
         print(f"{epoch.epoch:5d}  {epoch.steps:5d}  {epoch.images_dropped:7d}  {counts}   {epoch.pixels / dense:.2f}")
     share = sum(epoch.pixels for epoch in schedule) / (dense * len(schedule))
     print(f"all {len(schedule)} epochs: {share:.3f} of the dense pixels, {sum(e.steps for e in schedule)} steps")

@@ -10,10 +10,7 @@ from typing import Literal
 
 import numpy as np
 
-from dance_seg.randomness import generator
-
-# One stream of random numbers for each decision, so that changing one leaves the others as they were.
-DROP, SIZE = 1, 2
+from dance_seg.randomness import Stream, generator
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +88,7 @@ def plan(
     [2, 2, 2]
     """
     keep = rare_N | (quantile_N >= options.drop_below)
-    keep |= generator(seed, epoch, DROP).random(len(quantile_N)) >= options.drop_rate * force(options, progress)
+    keep |= generator(seed, Stream.DROP, epoch).random(len(quantile_N)) >= options.drop_rate * force(options, progress)
     if not keep.any():
         keep = quantile_N == quantile_N.max()
     key = quantile_N if options.sizes == "fixed" else drawn_quantiles(quantile_N, options.complexity_pull, seed, epoch)
@@ -144,7 +141,7 @@ def drawn_quantiles(quantile_N: np.ndarray, pull: float, seed: int, epoch: int) 
     >>> drawn_quantiles(np.array([0.25, 0.75]), pull=1.0, seed=0, epoch=0).tolist()
     [0.25, 0.75]
     """
-    mixed = pull * quantile_N + (1 - pull) * generator(seed, epoch, SIZE).random(len(quantile_N))
+    mixed = pull * quantile_N + (1 - pull) * generator(seed, Stream.SIZE, epoch).random(len(quantile_N))
     ranks = np.empty(len(mixed))
     ranks[np.argsort(mixed, kind="stable")] = np.arange(len(mixed))
     return (ranks + 0.5) / len(mixed)

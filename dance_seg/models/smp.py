@@ -4,6 +4,7 @@ import inspect
 from difflib import get_close_matches
 from typing import Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -50,6 +51,7 @@ class SmpModel(nn.Module):
         self.stride = only_size or size_divisor(self.network)
         self.minimum_size = minimum_size(self.arch, self.stride)
         _take_out_upsampling(self.network)
+        take_out_unused(self.network, self.minimum_size)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (N, C, H, W) of images (N, 3, H, W).
@@ -117,6 +119,8 @@ def build_network(
     _check_encoder(encoder_name)
     make = architectures[arch.lower()]
     _check_options(arch, encoder_name, make, options)
+    if encoder_weights is not None and encoder_name.startswith("tu-"):
+        encoder_weights = True  # which ones is part of a timm encoder's name
     given = {"encoder_name": encoder_name, "encoder_weights": encoder_weights, "classes": num_classes, **options}
     try:
         only_size = _only_size(encoder_name)
@@ -162,7 +166,37 @@ def size_divisor(network: nn.Module) -> int:
 
 def minimum_size(arch: str, stride: int) -> int:
     """The smallest height and width that an architecture takes: PAN pools the last features three times by two."""
-    return 8 * stride if arch == "pan" else stride
+    return max(8 * stride if arch == "pan" else stride, 32)
+
+
+def take_out_unused(network: nn.Module, size: int) -> None:
+    """Remove the layers that no image passes, and freeze single weights that change nothing.
+
+    SMP keeps the encoder's stages behind the last one it uses: of PSPNet with ResNet-18 that is 10.5 of 11.3 million
+    weights, which would count as the network's, and which DDP would wait for. `size` is a height and width that fits.
+    """
+    called = set()
+    hooks = [module.register_forward_hook(lambda module, *_: called.add(module)) for module in network.modules()]
+    mode, device = network.training, next(network.parameters()).device
+    with torch.enable_grad():
+        network.eval()(torch.zeros(1, 3, size, size, device=device)).sum().backward()
+    network.train(mode)
+    for hook in hooks:
+        hook.remove()
+
+    def take_out(parent: nn.Module) -> None:
+        for name, child in parent.named_children():
+            idle = not called.intersection(child.modules()) and all(p.grad is None for p in child.parameters())
+            if idle and any(True for _ in child.parameters()):
+                setattr(parent, name, nn.Identity())
+            else:
+                take_out(child)
+
+    take_out(network)
+    for parameter in network.parameters():
+        if parameter.grad is None:
+            parameter.requires_grad_(False)
+        parameter.grad = None
 
 
 def _take_out_upsampling(network: nn.Module) -> None:

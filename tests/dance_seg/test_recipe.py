@@ -22,7 +22,8 @@ data_slimming: {scales: [0.5, 1.0], quantiles: [0.5]}
 
 def test_a_missing_section_is_off_and_overrides_win():
     recipe = parse_recipe(
-        "data: {name: shapes}\nmodel: {name: smp}", ["trainer.max_epochs=3", "data.args.batch_size=4", "optimizer.lr=1e-3"]
+        "data: {name: shapes}\nmodel: {name: smp}",
+        ["trainer.max_epochs=3", "data.args.batch_size=4", "optimizer.lr=1e-3"],
     )
     assert recipe.data_slimming is None
     assert recipe.trainer.max_epochs == 3

@@ -27,7 +27,7 @@ def test_an_id_outside_the_table_is_an_error_with_path_ids_and_pixel_counts() ->
     with pytest.raises(DataError) as raised:
         TWO.apply(raw, Path("masks/a.png"))
     assert str(raised.value).startswith(
-        "masks/a.png: raw ids 9 (1 pixel), 200 (7 pixels) are not in the label table, which knows 0, 1 and 255"
+        "masks/a.png: raw ids 9 (1 pixel), 200 (7 pixels) are not in the label table, which knows 0 to 1 and 255"
     )
 
 

@@ -15,7 +15,7 @@ import cv2
 import numpy as np
 from numpy.typing import ArrayLike
 
-from datamodules.scene_figures import Figure, Point
+from datamodules.scenery.figures import Figure, Point
 
 CLASSES: tuple[str, ...] = (
     "Sky", "Building", "Pole", "Road", "Pavement", "Tree", "SignSymbol", "Fence", "Car", "Pedestrian", "Bicyclist",
@@ -192,7 +192,14 @@ class Painter:
         shown = np.flatnonzero(is_shown)  # in the picture, and larger than a quarter of a pixel
         inks = self.mix(np.frombuffer(self._inks).reshape(-1, 6)[shown]).tolist()
         middles = screen[first[shown]].tolist()
-        rows = zip(first[shown].tolist(), corners[shown].tolist(), radii[shown].astype(int).tolist(), middles, inks, strict=True)
+        rows = zip(
+            first[shown].tolist(),
+            corners[shown].tolist(),
+            radii[shown].astype(int).tolist(),
+            middles,
+            inks,
+            strict=True,
+        )
         for start, (sides, count), radius, middle, ink in rows:
             if sides == 1:
                 cv2.circle(self.canvas, middle, radius, ink, cv2.FILLED, cv2.LINE_8, SUBPIXEL_BITS)
@@ -221,7 +228,7 @@ class Painter:
     def finish(self) -> tuple[np.ndarray, np.ndarray]:
         """The picture (H, W, 3), smoothed when it was drawn larger, and its classes (H, W), never mixed."""
         self.paint()
-        canvas = self.canvas
+        canvas: np.ndarray = self.canvas
         label = np.ascontiguousarray(canvas[self.zoom - 1 :: self.zoom, self.zoom - 1 :: self.zoom, 3])
         if self.zoom > 1:
             canvas = cv2.resize(canvas, label.shape[::-1], interpolation=cv2.INTER_AREA)

@@ -107,8 +107,8 @@ def crown(kind: int, conifer: bool) -> Crown:
         tone = min(4, max(0, round(0.9 + 2.1 * y - 0.7 * x + draw.gauss(0, 0.7) + 0.6 * (out - 0.5))))
         discs.append((tone, x, y, radius, out > 0.8))
     discs.sort(key=lambda disc: disc[0])
-    tones, x, y, radii, rim = (np.array(column) for column in zip(*discs, strict=True))
-    return Crown(np.stack([x, y], -1), radii, tones, rim)
+    columns = [np.array(column) for column in zip(*discs, strict=True)]
+    return Crown(np.stack(columns[1:3], -1), columns[3], columns[0], columns[4])
 
 
 def vehicle(
@@ -153,9 +153,10 @@ def vehicle(
         body += [("hub", wheel(x, wheel_radius, z, wheel_radius * 0.55, 6)) for z in wheels]
         pillars = [(x, shoulder, rear), (x, shoulder, front), (top, roof, roof_front), (top, roof, roof_rear)]
         windows: list[Part] = [("body", pillars)]
-        below = [slanted(glass_low, rear, roof_rear) + 0.1, slanted(glass_low, front, roof_front) - 0.02]
-        above = [slanted(glass_high, rear, roof_rear) + 0.1, slanted(glass_high, front, roof_front) - 0.02]
-        low, high = np.linspace(*below, panes + 1).tolist(), np.linspace(*above, panes + 1).tolist()
+        low, high = (
+            np.linspace(slanted(y, rear, roof_rear) + 0.1, slanted(y, front, roof_front) - 0.02, panes + 1).tolist()
+            for y in (glass_low, glass_high)
+        )
         for pane in range(panes):
             a, b, c, d = low[pane], low[pane + 1] - 0.08, high[pane + 1] - 0.08, high[pane]
             glass = [(x, glass_low, a), (x, glass_low, b), (top, glass_high, c), (top, glass_high, d)]
