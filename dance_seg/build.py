@@ -127,7 +127,7 @@ def build_trainer(recipe: Recipe, datamodule: "SegmentationDataModule", folder: 
         deterministic="warn" if options.deterministic else False,
         enable_checkpointing=False,
         enable_model_summary=False,
-        plugins=[atomic_checkpoint_io()],
+        plugins=[atomic_checkpoint_io()],  # type: ignore[list-item]
         logger=[metrics, *([mirror] if mirror is not None else [])],
         callbacks=[
             ExactResume(recipe.seed),

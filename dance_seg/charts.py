@@ -1,18 +1,21 @@
 """Small SVG charts for pages that open offline: lines, stacked shares, histograms, scatters.
 
 Every chart is drawn in the same coordinates (WIDTH x HEIGHT) and takes its colours from the page's style sheet, so that
-it follows light and dark. Text is escaped. Values that are not finite are left out.
+it follows light and dark. Text is escaped. Values that are not finite are left out; with nothing to draw a chart is
+empty markup. Every chart has a `title`, which is read to those who cannot see it.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from markupsafe import Markup
 
 WIDTH, HEIGHT = 390, 236
 LEFT, RIGHT, TOP, BOTTOM = 48, 14, 30, 38
+BASE = HEIGHT - BOTTOM  # where the x axis lies
 MAX_POINTS = 300  # a line with more is drawn as the mean of each bin, with the range behind it
 SERIES = 8  # colours told apart by eye; further series are grey
 RAMP = 7  # steps from the palest to the strongest shade of an ordered scale
@@ -61,81 +64,39 @@ class Frame:
     """The axes of a chart: from data to drawing coordinates, and the grid."""
 
     def __init__(
-        self,
-        x_range: tuple[float, float],
-        y_range: tuple[float, float],
-        x_label: str,
-        y_label: str,
-        *,
-        top: int = TOP,
-        right: int = RIGHT,
+        self, x_range: tuple[float, float], y_range: tuple[float, float], x_label: str, y_label: str, top: int = TOP
     ) -> None:
         self.x_low, self.x_high = x_range if x_range[1] > x_range[0] else (x_range[0] - 0.5, x_range[0] + 0.5)
         self.y_low, self.y_high = y_range if y_range[1] > y_range[0] else (y_range[0] - 0.5, y_range[0] + 0.5)
         self.x_label, self.y_label, self.top = x_label, y_label, top
-        self.end = WIDTH - right  # where the x axis ends
+        self.end = WIDTH - RIGHT
 
     def x(self, value: float) -> float:
         """Drawing coordinate of a value on the x axis."""
-        return round(LEFT + (value - self.x_low) / (self.x_high - self.x_low) * (self.end - LEFT), 1)
+        return round(LEFT + (float(value) - self.x_low) / (self.x_high - self.x_low) * (self.end - LEFT), 1)
 
     def y(self, value: float) -> float:
         """Drawing coordinate of a value on the y axis."""
-        share = (value - self.y_low) / (self.y_high - self.y_low)
-        return round(HEIGHT - BOTTOM - share * (HEIGHT - BOTTOM - self.top), 1)
+        return round(BASE - (float(value) - self.y_low) / (self.y_high - self.y_low) * (BASE - self.top), 1)
 
-    def axes(self, *, x_ticks: bool = True, percent: bool = False) -> Markup:
+    def points(self, xy: Iterable[tuple[float, float]]) -> str:
+        """Coordinates of a polyline."""
+        return " ".join(f"{self.x(x)},{self.y(y)}" for x, y in xy)
+
+    def axes(self, *, percent: bool = False) -> Markup:
         """Grid lines, tick labels and the two axis labels."""
-        parts = [Markup('<text class="axis" x="2" y="{}">{}</text>').format(self.top - 14, self.y_label)]
-        y_ticks = ticks(self.y_low, self.y_high, 4)
-        for value, text in zip(y_ticks, tick_texts(y_ticks, percent), strict=True):
+        parts = [written("axis", 2, self.top - 14, self.y_label)]
+        values = ticks(self.y_low, self.y_high, 4)
+        for value, text in zip(values, tick_texts(values, percent), strict=True):
             height = self.y(value)
-            parts.append(Markup('<line class="grid" x1="{}" x2="{}" y1="{}" y2="{}"/>').format(LEFT, self.end, height, height))
-            parts.append(Markup('<text class="tick" x="{}" y="{}" text-anchor="end">{}</text>').format(LEFT - 6, height + 4, text))
-        if x_ticks:
-            values = ticks(self.x_low, self.x_high, 6)
-            for value, text in zip(values, tick_texts(values), strict=True):
-                parts.append(
-                    Markup('<text class="tick" x="{}" y="{}" text-anchor="middle">{}</text>').format(
-                        self.x(value), HEIGHT - BOTTOM + 15, text
-                    )
-                )
-        base = HEIGHT - BOTTOM
-        parts.append(Markup('<line class="base" x1="{}" x2="{}" y1="{}" y2="{}"/>').format(LEFT, self.end, base, base))
-        parts.append(
-            Markup('<text class="axis" x="{}" y="{}" text-anchor="end">{}</text>').format(self.end, HEIGHT - 6, self.x_label)
-        )
-        return Markup("").join(parts)
-
-
-def ticks(low: float, high: float, about: int) -> list[float]:
-    """Round numbers from `low` to `high`, about so many.
-
-    >>> ticks(0, 12, 4)
-    [0.0, 5.0, 10.0]
-    >>> ticks(0.0, 1.0, 4)
-    [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
-    """
-    step = 10.0 ** math.floor(math.log10((high - low) / about))
-    step *= min((1, 2, 5, 10), key=lambda factor: abs((high - low) / (factor * step) - about))
-    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    return [round(index * step, 12) for index in range(first, last + 1)]
-
-
-def tick_texts(values: Sequence[float], percent: bool = False) -> list[str]:
-    """Tick labels that all have the same number of decimals.
-
-    >>> tick_texts([0.0, 0.05, 0.1]), tick_texts([0, 2000]), tick_texts([0, 0.5], percent=True)
-    (['0.00', '0.05', '0.10'], ['0', '2,000'], ['0 %', '50 %'])
-    """
-    values = [100 * value for value in values] if percent else list(values)
-    largest = max((abs(value) for value in values), default=0.0)
-    if 0 < largest < 1e-3:
-        return [f"{value:.0e}".replace("e-0", "e-") if value else "0" for value in values]
-    if largest >= 1e6:
-        return [f"{value / 1e6:g} M" if value else "0" for value in values]
-    decimals = next((d for d in range(5) if all(abs(v - round(v, d)) <= 1e-6 * largest for v in values)), 5)
-    return [f"{value:,.{decimals}f}" + (" %" if percent else "") for value in values]
+            parts.append(element("line", "grid", x1=LEFT, x2=self.end, y1=height, y2=height))
+            parts.append(written("tick", LEFT - 6, height + 4, text, "end"))
+        values = ticks(self.x_low, self.x_high, 6)
+        for value, text in zip(values, tick_texts(values), strict=True):
+            parts.append(written("tick", self.x(value), BASE + 15, text, "middle"))
+        parts.append(element("line", "base", x1=LEFT, x2=self.end, y1=BASE, y2=BASE))
+        parts.append(written("axis", self.end, HEIGHT - 6, self.x_label, "end"))
+        return joined(parts)
 
 
 def line_chart(
@@ -144,57 +105,61 @@ def line_chart(
     title: str,
     x_label: str,
     y_label: str,
-    x_end: float | None = None,
+    x_end: float = 0.0,
     from_zero: bool = False,
     marks: Sequence[Mark] = (),
     spans: Sequence[Span] = (),
 ) -> Markup:
-    """Curves over one x axis; `title` is read to those who cannot see it. Nothing to draw gives empty markup."""
-    drawn = [(line, *finite(line.x, line.y)) for line in lines]
-    drawn = [(line, x, y) for line, x, y in drawn if len(x)]
+    """Curves over one x axis from 0 to `x_end` at least; `from_zero` begins the y axis at 0."""
+    drawn: list[tuple[Line, np.ndarray, np.ndarray]] = []
+    for line in lines:
+        x, y = finite(line.x, line.y)
+        if len(x):
+            drawn.append((line, x, y))
     if not drawn:
         return Markup("")
     all_x, all_y = np.concatenate([x for _, x, _ in drawn]), np.concatenate([y for _, _, y in drawn])
     frame = Frame(
-        (min(0.0, float(all_x.min())), max(float(all_x.max()), x_end or float(all_x.max()))),
+        (min(0.0, float(all_x.min())), max(float(all_x.max()), x_end)),
         padded(float(all_y.min()), float(all_y.max()), from_zero),
         x_label,
         y_label,
     )
-    parts = [_span(frame, span) for span in spans] + [frame.axes()]
-    for line, x, y in drawn:
-        parts.append(_curve(frame, line, x, y))
+    parts = [_span(frame, span) for span in spans]
+    parts.append(frame.axes())
+    parts += [_curve(frame, line, x, y) for line, x, y in drawn]
     parts += [_mark(frame, mark) for mark in marks]
     return svg(title, parts)
 
 
 def stacked_chart(
-    layers: Sequence[Layer], *, title: str, x_label: str, y_label: str, notes: Sequence[str] = (), line: Line | None = None
+    layers: Sequence[Layer],
+    *,
+    title: str,
+    x_label: str,
+    y_label: str,
+    notes: Sequence[str] = (),
+    line: Line | None = None,
 ) -> Markup:
-    """Shares of each column (0 to 1), one column from k to k + 1, stacked; `notes` are shown on pointing at a column."""
+    """Shares (0 to 1), stacked: column k from k to k + 1. `notes` are shown on pointing at a column."""
     if not layers or not len(layers[0].values):
         return Markup("")
     heights = np.array([layer.values for layer in layers], dtype=float)
     columns = heights.shape[1]
     edges = np.concatenate([np.zeros((1, columns)), np.cumsum(heights, axis=0)])
-    top = max(1.0, float(edges[-1].max()))
-    frame = Frame((0, columns), (0, top), x_label, y_label)
+    frame = Frame((0, columns), (0, max(1.0, float(edges[-1].max()))), x_label, y_label)
     parts = []
     for number, layer in enumerate(layers):
-        outline = [(i + side, edges[number + 1, i]) for i in range(columns) for side in (0, 1)]
-        outline += [(i + side, edges[number, i]) for i in reversed(range(columns)) for side in (1, 0)]
-        points = " ".join(f"{frame.x(x)},{frame.y(y)}" for x, y in outline)
-        parts.append(Markup('<polygon class="shade-{}" points="{}"/>').format(layer.shade, points))
+        above = [(k + side, edges[number + 1, k]) for k in range(columns) for side in (0, 1)]
+        below = [(k + side, edges[number, k]) for k in reversed(range(columns)) for side in (1, 0)]
+        parts.append(element("polygon", f"shade-{layer.shade}", points=frame.points(above + below)))
     parts.append(frame.axes(percent=True))
     if line is not None:
-        parts.append(_curve(frame, line, *finite(line.x, line.y)))
+        x, y = finite(line.x, line.y)
+        parts.append(_curve(frame, line, x, y))
     for number, note in enumerate(notes[:columns]):
         left, right = frame.x(number), frame.x(number + 1)
-        parts.append(
-            Markup('<rect class="touch" x="{}" y="{}" width="{}" height="{}"><title>{}</title></rect>').format(
-                left, frame.top, round(right - left, 1), HEIGHT - BOTTOM - frame.top, note
-            )
-        )
+        parts.append(_box("touch", left, right, frame.top, BASE, note))
     return svg(title, parts)
 
 
@@ -212,28 +177,20 @@ def histogram(
     (data,) = finite(values)
     if not len(data):
         return Markup("")
-    counts, edges = np.histogram(data, bins=min(bins, max(1, len(data))))
+    alike = np.ptp(data) <= 1e-9 * np.abs(data).max()  # too narrow to be divided into bins
+    counts, edges = np.histogram(data, bins=1 if alike else min(bins, len(data)))
     top = TOP + 14 * (len(boundaries) > 0)
-    frame = Frame((float(edges[0]), float(edges[-1])), (0, float(counts.max()) * 1.04), x_label, y_label, top=top)
+    frame = Frame((float(edges[0]), float(edges[-1])), (0, float(counts.max()) * 1.04), x_label, y_label, top)
     parts = [frame.axes()]
     for count, left, right in zip(counts, edges[:-1], edges[1:], strict=True):
         if count:
-            shade = 0 if marked_below is not None and (left + right) / 2 < marked_below else 4
-            x, width = frame.x(left) + 0.5, frame.x(right) - frame.x(left) - 1
-            parts.append(
-                Markup('<rect class="shade-{}" x="{}" y="{}" width="{}" height="{}"><title>{}</title></rect>').format(
-                    shade,
-                    round(x, 1),
-                    frame.y(count),
-                    round(max(width, 0.5), 1),
-                    round(frame.y(0) - frame.y(count), 1),
-                    f"{left:.4g} to {right:.4g}: {count}",
-                )
-            )
+            style = "shade-0" if marked_below is not None and (left + right) / 2 < marked_below else "shade-4"
+            note = f"{left:.4g} to {right:.4g}: {count}"
+            parts.append(_box(style, frame.x(left) + 0.5, frame.x(right) - 0.5, frame.y(count), BASE, note))
     for value, text in boundaries:
         x = frame.x(value)
-        parts.append(Markup('<line class="boundary" x1="{}" x2="{}" y1="{}" y2="{}"/>').format(x, x, top - 8, frame.y(0)))
-        parts.append(Markup('<text class="tick" x="{}" y="{}" text-anchor="middle">{}</text>').format(x, top - 12, text))
+        parts.append(element("line", "boundary", x1=x, x2=x, y1=top - 8, y2=BASE))
+        parts.append(written("tick", x, top - 12, text, "middle"))
     return svg(title, parts)
 
 
@@ -243,15 +200,67 @@ def scatter(points: Sequence[Mark], *, title: str, x_label: str, y_label: str) -
     if not shown:
         return Markup("")
     low, high = padded(min(p.y for p in shown), max(p.y for p in shown), False)
-    high = max(high, low + 1)  # a tenth of a point must not look like a gulf
-    frame = Frame((0, max(p.x for p in shown) * 1.06 or 1), (low, high), x_label, y_label)
+    air = max(0.0, 2 - (high - low)) / 2  # a tenth of a point must not look like a gulf
+    frame = Frame((0, max(p.x for p in shown) * 1.06 or 1), (low - air, high + air), x_label, y_label)
     return svg(title, [frame.axes(), *(_mark(frame, point) for point in shown)])
+
+
+def element(name: str, style: str, note: str = "", **attributes: Any) -> Markup:
+    """An SVG element with its style class; the note is shown on pointing at it.
+
+    >>> element("line", "grid", x1=0)
+    Markup('<line class="grid" x1="0"/>')
+    >>> element("rect", "touch", "a < b")
+    Markup('<rect class="touch"><title>a &lt; b</title></rect>')
+    """
+    given = joined(Markup(' {}="{}"').format(key, value) for key, value in attributes.items())
+    if not note:
+        return Markup('<{} class="{}"{}/>').format(name, style, given)
+    return Markup('<{} class="{}"{}><title>{}</title></{}>').format(name, style, given, note, name)
+
+
+def written(style: str, x: float, y: float, text: str, anchor: str = "start") -> Markup:
+    """A text at a place."""
+    return Markup('<text class="{}" x="{}" y="{}" text-anchor="{}">{}</text>').format(style, x, y, anchor, text)
 
 
 def svg(title: str, parts: Sequence[Markup]) -> Markup:
     """The drawing around its parts."""
     head = Markup('<svg viewBox="0 0 {} {}" role="img" aria-label="{}">').format(WIDTH, HEIGHT, title)
-    return head + Markup("").join(parts) + Markup("</svg>")
+    return head + joined(parts) + Markup("</svg>")
+
+
+def joined(parts: Iterable[Markup]) -> Markup:
+    """Parts one after the other."""
+    return Markup("").join(parts)
+
+
+def ticks(low: float, high: float, about: int) -> list[float]:
+    """Round numbers from `low` to `high`, about so many.
+
+    >>> ticks(0, 12, 6), ticks(0.0, 1.0, 4)
+    ([0.0, 2.0, 4.0, 6.0, 8.0, 10.0, 12.0], [0.0, 0.2, 0.4, 0.6, 0.8, 1.0])
+    """
+    power = 10.0 ** math.floor(math.log10((high - low) / about))
+    step = power * min((1, 2, 5, 10), key=lambda factor: abs((high - low) / (factor * power) - about))
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [float(f"{index * step:.12g}") for index in range(first, last + 1)]
+
+
+def tick_texts(values: Sequence[float], percent: bool = False) -> list[str]:
+    """Tick labels that all have the same number of decimals.
+
+    >>> tick_texts([0.0, 0.05, 0.1]), tick_texts([0, 2000]), tick_texts([0, 0.5], percent=True)
+    (['0.00', '0.05', '0.10'], ['0', '2,000'], ['0 %', '50 %'])
+    """
+    values = [100 * value for value in values] if percent else list(values)
+    largest = max((abs(value) for value in values), default=0.0)
+    if 0 < largest < 1e-3:
+        return [f"{value:.0e}".replace("e-0", "e-") if value else "0" for value in values]
+    if largest >= 1e6:
+        return [f"{value / 1e6:g} M" if value else "0" for value in values]
+    decimals = next((d for d in range(5) if all(abs(v - round(v, d)) <= 1e-6 * largest for v in values)), 5)
+    return [f"{value:,.{decimals}f}" + (" %" if percent else "") for value in values]
 
 
 def shades(count: int) -> list[int]:
@@ -278,13 +287,20 @@ def finite(*columns: Sequence[float]) -> tuple[np.ndarray, ...]:
 
 
 def padded(low: float, high: float, from_zero: bool) -> tuple[float, float]:
-    """The y range of a chart: a little air above and below, never below zero for values that are not."""
-    air = 0.06 * (high - low) or abs(high) * 0.05 or 0.5
-    bottom = 0.0 if from_zero or (low >= 0 and low - air < 0) else low - air
+    """The y range of a chart: a little air above and below, never below zero for values that are not.
+
+    >>> padded(0.0, 100.0, False), padded(50.0, 50.0, False)
+    ((0.0, 106.0), (47.5, 52.5))
+    """
+    wide = high - low if high - low > 1e-6 * abs(high) else 0.0
+    air = 0.06 * wide or 0.05 * abs(high) or 0.5
+    bottom = 0.0 if from_zero or 0 <= low < air else low - air
     return min(bottom, low), high + air
 
 
-def binned(x: np.ndarray, y: np.ndarray, most: int = MAX_POINTS) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def binned(
+    x: np.ndarray, y: np.ndarray, most: int = MAX_POINTS
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """x, mean, lowest and highest y of at most `most` bins with equal numbers of points, in the order of x.
 
     >>> [values.tolist() for values in binned(np.arange(4.0), np.array([1.0, 3.0, 5.0, 9.0]), most=2)]
@@ -299,35 +315,33 @@ def binned(x: np.ndarray, y: np.ndarray, most: int = MAX_POINTS) -> tuple[np.nda
 
 
 def _curve(frame: Frame, line: Line, x: np.ndarray, y: np.ndarray) -> Markup:
-    style = series_class(line.series)
-    parts = []
+    style, parts = series_class(line.series), []
     if len(x) > MAX_POINTS:
         x, y, low, high = binned(x, y)
         outline = [*zip(x, high, strict=True), *zip(x[::-1], low[::-1], strict=True)]
-        points = " ".join(f"{frame.x(a)},{frame.y(b)}" for a, b in outline)
-        parts.append(Markup('<polygon class="range {}" points="{}"/>').format(style, points))
-    points = " ".join(f"{frame.x(a)},{frame.y(b)}" for a, b in zip(x, y, strict=True))
-    parts.append(Markup('<polyline class="curve {}" points="{}"><title>{}</title></polyline>').format(style, points, line.name))
-    if line.markers and len(x) <= 60 or len(x) == 1:
-        for a, b in zip(x, y, strict=True):
-            parts.append(
-                Markup('<circle class="point {}" cx="{}" cy="{}" r="3"><title>{}</title></circle>').format(
-                    style, frame.x(a), frame.y(b), f"{line.name} {b:.4g} at {a:.4g}".strip()
-                )
-            )
-    return Markup("").join(parts)
+        parts.append(element("polygon", f"range {style}", points=frame.points(outline)))
+    points = list(zip(x, y, strict=True))
+    parts.append(element("polyline", f"curve {style}", line.name, points=frame.points(points)))
+    if len(points) == 1 or (line.markers and len(points) <= 60):
+        for a, b in points:
+            note = f"{line.name} {b:.4g} at {a:.4g}".strip()
+            parts.append(element("circle", f"point {style}", note, cx=frame.x(a), cy=frame.y(b), r=3))
+    return joined(parts)
 
 
 def _mark(frame: Frame, mark: Mark) -> Markup:
     x, y = frame.x(mark.x), frame.y(mark.y)
     anchor, shift = ("end", 4) if x > (LEFT + frame.end) / 2 else ("start", -4)
-    return Markup(
-        '<circle class="mark {}" cx="{}" cy="{}" r="5"/><text class="value" x="{}" y="{}" text-anchor="{}">{}</text>'
-    ).format(series_class(mark.series), x, y, x + shift, max(y - 10, frame.top - 8), anchor, mark.label)
+    point = element("circle", f"mark {series_class(mark.series)}", mark.label, cx=x, cy=y, r=5)
+    return point + written("value", x + shift, max(y - 10, frame.top - 8), mark.label, anchor)
 
 
 def _span(frame: Frame, span: Span) -> Markup:
     left, right = frame.x(span.start), frame.x(span.end)
-    return Markup(
-        '<rect class="span" x="{}" y="{}" width="{}" height="{}"/><text class="tick" x="{}" y="{}" text-anchor="end">{}</text>'
-    ).format(left, frame.top, round(right - left, 1), HEIGHT - BOTTOM - frame.top, right - 4, HEIGHT - BOTTOM - 7, span.label)
+    box = _box("span", left, right, frame.top, BASE, span.label)
+    return box + written("tick", right - 4, BASE - 7, span.label, "end")
+
+
+def _box(style: str, left: float, right: float, top: float, bottom: float, note: str) -> Markup:
+    width, height = round(max(right - left, 0.5), 1), round(bottom - top, 1)
+    return element("rect", style, note, x=round(left, 1), y=round(top, 1), width=width, height=height)

@@ -9,14 +9,13 @@ compare (other hardware, data, length, precision, commit) is said below the tabl
 import html
 import re
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
-from dance_seg.page import figure_text, listed
+from dance_seg.page import count_text, figure_text, listed
 from dance_seg.runs import Run, flat, number, read_run, section
 
 # Keys that change where a run is kept and how it is watched, not what it computes.
@@ -49,6 +48,8 @@ class Column:
     group: str
     value: Callable[[Run], float | None]
     is_score: bool = False
+    text: Callable[[float], str] = figure_text
+    on_hardware: bool = False  # figures of different hardware are not compared
 
 
 def _training(key: str) -> Callable[[Run], float | None]:
@@ -76,20 +77,30 @@ def _pixel_accuracy(run: Run) -> float | None:
     return shown.pixel_accuracy if shown else None
 
 
+def points_text(value: float) -> str:
+    """A score in points."""
+    return f"{value:.2f}"
+
+
+def whole_text(value: float) -> str:
+    """A count, or the mean of some, without decimals."""
+    return f"{value:,.0f}"
+
+
 COLUMNS = (
-    Column("val/miou_best", "mIoU best", "Score, in points", _best, is_score=True),
-    Column("val/miou_last", "mIoU last", "Score, in points", _last, is_score=True),
-    Column("val/pixel_accuracy", "pixel accuracy", "Score, in points", _pixel_accuracy, is_score=True),
+    Column("val/miou_best", "mIoU best", "Score, in points", _best, True, points_text),
+    Column("val/miou_last", "mIoU last", "Score, in points", _last, True, points_text),
+    Column("val/pixel_accuracy", "pixel accuracy", "Score, in points", _pixel_accuracy, True, points_text),
     Column("cost/train_gmacs", "GMACs", "Training cost", _training("cost/train_gmacs")),
-    Column("cost/train_seconds", "seconds", "Training cost", _training("cost/train_seconds")),
-    Column("cost/pixels", "pixels", "Training cost", _training("cost/pixels")),
-    Column("cost/images_paid", "images paid", "Training cost", _training("cost/images_paid")),
-    Column("cost/images_dropped", "dropped", "Training cost", _training("cost/images_dropped")),
-    Column("cost/train_joules", "joules", "Training cost", _training("cost/train_joules")),
+    Column("cost/train_seconds", "seconds", "Training cost", _training("cost/train_seconds"), on_hardware=True),
+    Column("cost/pixels", "pixels", "Training cost", _training("cost/pixels"), text=count_text),
+    Column("cost/images_paid", "images paid", "Training cost", _training("cost/images_paid"), text=whole_text),
+    Column("cost/images_dropped", "dropped", "Training cost", _training("cost/images_dropped"), text=whole_text),
+    Column("cost/train_joules", "joules", "Training cost", _training("cost/train_joules"), on_hardware=True),
     Column("inference/gmacs", "GMACs", "Inference cost", _inference("gmacs")),
-    Column("inference/parameters", "parameters", "Inference cost", _inference("parameters")),
-    Column("inference/latency_p50_ms", "ms p50", "Inference cost", _latency("p50")),
-    Column("inference/latency_p90_ms", "ms p90", "Inference cost", _latency("p90")),
+    Column("inference/parameters", "parameters", "Inference cost", _inference("parameters"), text=count_text),
+    Column("inference/latency_p50_ms", "ms p50", "Inference cost", _latency("p50"), on_hardware=True),
+    Column("inference/latency_p90_ms", "ms p90", "Inference cost", _latency("p90"), on_hardware=True),
 )
 
 
@@ -151,6 +162,16 @@ class Comparison:
     differences: tuple[str, ...]  # between the recipes
 
     @property
+    def finished(self) -> bool:
+        """Whether every run came to its end."""
+        return all(row.finished for row in self.rows)
+
+    @property
+    def same_validation_data(self) -> bool:
+        """Whether every run was scored on the same data, as far as the recipes tell."""
+        return len({validation_data(run) for row in self.rows for run in row.runs}) == 1
+
+    @property
     def columns(self) -> tuple[Column, ...]:
         """The columns in which any row has a figure."""
         return tuple(column for column in COLUMNS if any(column.key in row.figures for row in self.rows))
@@ -163,22 +184,34 @@ class Comparison:
         return list(found.items())
 
     def ratio(self, row: Row, column: Column) -> float | None:
-        """The row's figure over the baseline's; None where one is missing or the baseline's is zero."""
-        base, figure = self.rows[self.baseline].figures.get(column.key), row.figures.get(column.key)
-        return figure.mean / base.mean if figure and base and base.mean else None
+        """The row's mean over the baseline's; None where one is missing or they cannot be compared."""
+        pair = self._pair(row, column)
+        return pair[0] / pair[1] if pair and pair[1] else None
 
     def difference(self, row: Row, column: Column) -> float | None:
-        """The row's figure minus the baseline's."""
-        base, figure = self.rows[self.baseline].figures.get(column.key), row.figures.get(column.key)
-        return figure.mean - base.mean if figure and base else None
+        """The row's mean minus the baseline's; None where one is missing or they cannot be compared."""
+        pair = self._pair(row, column)
+        return pair[0] - pair[1] if pair else None
+
+    def _pair(self, row: Row, column: Column) -> tuple[float, float] | None:
+        base = self.rows[self.baseline]
+        comparable = (row.finished and base.finished) or column.group == "Inference cost"
+        if column.is_score:
+            comparable = comparable and validation_data(row.runs[0]) == validation_data(base.runs[0])
+        if column.on_hardware:
+            comparable = comparable and hardware(row.runs[0]) == hardware(base.runs[0])
+        if not comparable or column.key not in row.figures or column.key not in base.figures:
+            return None
+        return row.figures[column.key].mean, base.figures[column.key].mean
 
     def cell(self, row: Row, column: Column) -> tuple[str, str]:
         """A figure as text, and how it stands to the baseline; `–` for a figure that is missing."""
         figure = row.figures.get(column.key)
         if figure is None:
             return "–", ""
-        form = (lambda value: f"{value:.2f}") if column.is_score else (lambda value: figure_text(value, 3))
-        text = form(figure.mean) + (f" ± {form(figure.std)}" if figure.std is not None else "")
+        text = column.text(figure.mean)
+        if figure.std or (figure.std is not None and column.is_score):  # what is counted is the same for every seed
+            text += f" ± {column.text(figure.std)}"
         if column.key == "val/miou_best" and len(row.runs) == 1 and row.runs[0].best:
             text += f" @{row.runs[0].best.epoch}"
         if row is self.rows[self.baseline]:
@@ -190,25 +223,13 @@ class Comparison:
 
     def as_text(self) -> str:
         """Aligned tables for a terminal, one for each group of columns, then the notes."""
-        first = [self._row_title(row) for row in self.rows]
-        width = max(len(title) for title in first)
         lines = []
         for group, columns in self.groups():
-            cells = [[self.cell(row, column) for column in columns] for row in self.rows]
-            table = [f"{group:{max(width, len(group))}}"] + [f"{title:{max(width, len(group))}}" for title in first]
-            for number_, column in enumerate(columns):
-                texts, against = zip(*(row[number_] for row in cells), strict=True)
-                left = max(len(column.heading) if not any(against) else 0, *(len(text) for text in texts))
-                right = max(len(note) for note in against)
-                body = [f"{text:>{left}}" + (f"  {note:<{right}}" if right else "") for text, note in zip(texts, against, strict=True)]
-                body = [column.heading, *body]
-                wide = max(len(text) for text in body)
-                table = [
-                    start + "   " + (f"{text:>{wide}}" if row else f"{text:^{wide}}" if right else f"{text:>{wide}}")
-                    for row, (start, text) in enumerate(zip(table, body, strict=True))
-                ]
-            head, *rest = (line.rstrip() for line in table)
-            lines += [head, "-" * max(map(len, table)), *rest, ""]
+            table = [[group, *(text for column in columns for text in (column.heading, ""))]]
+            for row in self.rows:
+                table.append([self._row_title(row), *(text for column in columns for text in self.cell(row, column))])
+            head, *body = aligned(table)
+            lines += [head, "-" * max(map(len, (head, *body))), *body, ""]
         lines += [f"* {note}" for note in self.notes]
         if self.differences:
             lines += ["", "Recipes:", *(f"* {difference}" for difference in self.differences)]
@@ -221,8 +242,7 @@ class Comparison:
             lines.append("| " + " | ".join([group, *(column.heading for column in columns)]) + " |")
             lines.append("|---" + "|---:" * len(columns) + "|")
             for row in self.rows:
-                cells = [" ".join(filter(None, (text, f"({note})" if note else ""))) for text, note in
-                         (self.cell(row, column) for column in columns)]  # fmt: skip
+                cells = [text + (f" ({note})" if note else "") for text, note in (self.cell(row, c) for c in columns)]
                 lines.append("| " + " | ".join([markdown_text(self._row_title(row)), *cells]) + " |")
             lines.append("")
         lines += [f"- {markdown_text(note)}" for note in self.notes]
@@ -300,7 +320,8 @@ def grouped(runs: Sequence[Run]) -> tuple[Row, ...]:
 
 def essential(run: Run) -> dict[str, Any]:
     """The recipe by dotted keys, without the seed and what does not change the result."""
-    return {key: value for key, value in flat(dict(run.recipe)).items() if key != "seed" and not key.startswith(FREE_KEYS)}
+    values = flat(dict(run.recipe))
+    return {key: value for key, value in values.items() if key != "seed" and not key.startswith(FREE_KEYS)}
 
 
 def row_name(runs: Sequence[Run]) -> str:
@@ -308,18 +329,23 @@ def row_name(runs: Sequence[Run]) -> str:
     names = [run.name for run in runs]
     if len(set(names)) == 1:
         return names[0]
-    return re.sub(r"[-_.]?(seed|s)?[-_.]?\d*$", "", commonprefix(names)) or names[0]
+    shared = names[0]
+    while not all(name.startswith(shared) for name in names):
+        shared = shared[:-1]
+    return re.sub(r"[-_.]?(seed|s)?[-_.]?\d*$", "", shared) or names[0]
 
 
 def hardware(run: Run) -> str:
     """What a run ran on."""
     facts = run.circumstances
-    accelerator = facts.get("accelerator", "unknown")
-    devices = number(section(run.recipe, "trainer").get("devices")) or 1
+    trainer = section(run.recipe, "trainer")
+    accelerator = facts.get("accelerator", "none") if trainer.get("accelerator") != "cpu" else "none"
+    devices = number(trainer.get("devices")) or 1
     times = f"{devices:.0f} x " if devices > 1 else ""
-    if accelerator not in ("none", "unknown"):
+    if accelerator != "none":
         return f"{times}{accelerator}"
-    return f"{times}{facts.get('processor', 'unknown processor')}, {facts.get('cores', '?')} cores"
+    threads = f", {trainer['threads']} threads" if trainer.get("threads") else ""
+    return f"{times}{facts.get('processor', 'unknown processor')}, {facts.get('cores', '?')} cores{threads}"
 
 
 def notes(rows: Sequence[Row]) -> list[str]:
@@ -327,22 +353,26 @@ def notes(rows: Sequence[Row]) -> list[str]:
     found = []
     unfinished = [row.name for row in rows if not row.finished]
     if unfinished:
-        found.append(f"Unfinished: {listed(unfinished)}; what they spent and scored is as of their last complete epoch.")
-    trainer = lambda key, default: lambda run: section(run.recipe, "trainer").get(key, default)  # noqa: E731
+        found.append(
+            f"Unfinished: {listed(unfinished)}; what they spent and scored is as of their last complete epoch."
+        )
+
     said = (
         ("Rows were scored on different data, their scores cannot be compared", validation_data),
         ("Rows were trained on different data sets", lambda run: section(run.recipe, "data").get("name")),
         ("Rows read their data from different folders, make sure that they hold the same", _root),
         ("Rows ran on different hardware, their seconds cannot be compared", hardware),
-        ("Rows ran in different precision", trainer("precision", "32-true")),
-        ("Rows were trained for different numbers of epochs", trainer("max_epochs", None)),
+        ("Rows ran in different precision", lambda run: section(run.recipe, "trainer").get("precision", "32-true")),
+        ("Rows were trained for different numbers of epochs", lambda run: run.max_epochs),
         ("Rows count inference at different input sizes", lambda run: run.inference.get("input_size")),
         ("Rows measured latency under different conditions", _latency_conditions),
         ("Rows were made at different commits", lambda run: run.circumstances.get("commit") or "unknown"),
         ("Rows ran with different versions", lambda run: _words(section(run.circumstances, "versions"))),
     )
     found += [note for text, fact in said if (note := differing(text, rows, fact)) is not None]
-    changed = [row.name for row in rows if any(str(run.circumstances.get("commit", "")).endswith("+") for run in row.runs)]
+    changed = [
+        row.name for row in rows if any(str(run.circumstances.get("commit", "")).endswith("+") for run in row.runs)
+    ]
     if changed:
         found.append(f"Made with changes that are in no commit: {listed(changed)}.")
     for row in rows:
@@ -375,26 +405,21 @@ def differing(text: str, rows: Sequence[Row], fact: Callable[[Run], Any]) -> str
 
 def differences(rows: Sequence[Row], baseline: int) -> list[str]:
     """What sets each row's recipe apart from the baseline's."""
-    base = essential(rows[baseline].runs[0])
+    base = rows[baseline].runs[0]
     found = []
     for row in rows:
         if row is rows[baseline]:
             continue
-        here = essential(row.runs[0])
-        changed = []
-        for name in sorted(_first_parts(base) | _first_parts(here)):
-            mine, theirs = _under(here, name), _under(base, name)
-            if mine == theirs:
-                continue
-            if {name} == mine.keys() or {name} == theirs.keys():  # a section that is off, or a plain value
-                was, is_ = (
-                    _value(values[name]) if name in values else "on" if values else "absent" for values in (theirs, mine)
-                )
-                changed.append(f"{name} {was} → {is_}")
-            else:
-                keys = sorted(key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key))
-                changed += [f"{key} {_value(theirs.get(key))} → {_value(mine.get(key))}" for key in keys]
-        found.append(f"{row.name}: {listed(changed, 8) or 'the same recipe as the baseline'}")
+        changed, here = [], row.runs[0]
+        mine, theirs = essential(here), essential(base)
+        for key in sorted(mine.keys() | theirs.keys()):
+            name = key.partition(".")[0]
+            was, now = base.recipe.get(name), here.recipe.get(name)
+            if isinstance(was, dict) != isinstance(now, dict):  # the whole section comes or goes
+                changed.append(f"{name} {_value(was)} → {_value(now)}")
+            elif mine.get(key) != theirs.get(key):
+                changed.append(f"{key} {_value(theirs.get(key))} → {_value(mine.get(key))}")
+        found.append(f"{row.name}: {listed(list(dict.fromkeys(changed)), 8) or 'the same recipe as the baseline'}")
     return found
 
 
@@ -403,6 +428,24 @@ def validation_data(run: Run) -> str:
     data = section(run.recipe, "data")
     args = {key: value for key, value in section(data, "args").items() if key not in TRAINING_ARGS}
     return f"{data.get('name')} {_words(args)}".strip()
+
+
+def aligned(table: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table whose first column is a title, followed by pairs of a figure and a remark.
+
+    >>> aligned([["cost", "GMACs", ""], ["a", "100", ""], ["bc", "61", "0.61x"]])
+    ['cost   GMACs', 'a        100', 'bc        61  0.61x']
+    """
+    lines = []
+    widths = [max(len(text) for text in column) for column in zip(*table, strict=True)]
+    for row in table:
+        line = f"{row[0]:<{widths[0]}}"
+        for number_ in range(1, len(row), 2):
+            line += f"   {row[number_]:>{widths[number_]}}"
+            if widths[number_ + 1]:
+                line += f"  {row[number_ + 1]:<{widths[number_ + 1]}}"
+        lines.append(line.rstrip())
+    return lines
 
 
 def markdown_text(text: str) -> str:
@@ -419,8 +462,9 @@ def _root(run: Run) -> Any:
 
 
 def _latency_conditions(run: Run) -> str | None:
-    latency = {k: v for k, v in section(run.inference, "latency_ms").items() if not re.fullmatch(r"p\d+|mean|std|min|max", k)}
-    return _words(latency) or None
+    measured = section(run.inference, "latency_ms").items()
+    conditions = {key: value for key, value in measured if not re.fullmatch(r"p\d+|mean|std|min|max", key)}
+    return _words(conditions) or None
 
 
 def _words(record: Mapping[str, Any]) -> str:
@@ -428,12 +472,4 @@ def _words(record: Mapping[str, Any]) -> str:
 
 
 def _value(value: Any) -> str:
-    return {None: "off", True: "true", False: "false"}.get(value, str(value)) if not isinstance(value, list) else str(value)
-
-
-def _first_parts(record: Iterable[str]) -> set[str]:
-    return {key.partition(".")[0] for key in record}
-
-
-def _under(record: Mapping[str, Any], name: str) -> dict[str, Any]:
-    return {key: value for key, value in record.items() if key == name or key.startswith(f"{name}.")}
+    return "on" if isinstance(value, dict) else "off" if value is None else str(value)

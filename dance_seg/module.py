@@ -194,7 +194,7 @@ def predict_labels(model: nn.Module, images: Tensor, size: tuple[int, ...]) -> T
     height, width = size
     if tuple(images.shape[-2:]) == (height, width) and hasattr(model, "coarse_logits"):
         # The network's own last step is an interpolation: fused with the argmax, full logits are never made.
-        logits, padded, align_corners = model.coarse_logits(images)
+        logits, padded, align_corners = model.coarse_logits(images)  # type: ignore[operator]
         labels = [resized_argmax(image.float(), padded, align_corners=align_corners) for image in logits]
         return torch.stack([torch.as_tensor(label)[:height, :width] for label in labels])
     logits = model(images)

@@ -9,7 +9,8 @@ MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 """Of the RGB values of ImageNet in [0, 1]: what pretrained encoders were trained with."""
 
-_VALUES_AT_ONCE = 32_768  # stay in the cache, and are too few for torch to wake its threads, which stall on a busy machine
+_VALUES_AT_ONCE = 32_768
+"""They stay in the cache, and are too few for torch to wake its threads, which stall on a busy machine."""
 
 
 def normalise(images: Tensor, device: torch.device | str | None = None) -> Tensor:
@@ -18,8 +19,9 @@ def normalise(images: Tensor, device: torch.device | str | None = None) -> Tenso
     The uint8 values are what moves. The memory format stays as it is. Raises ValueError for another type or another
     number of channels.
 
-    >>> [round(v, 3) for v in normalise(torch.tensor([0, 128, 255], dtype=torch.uint8).view(3, 1, 1)).flatten().tolist()]
-    [-2.118, 0.205, 2.64]
+    >>> black = torch.zeros((1, 3, 1, 1), dtype=torch.uint8)
+    >>> [round(value, 3) for value in normalise(black).flatten().tolist()]
+    [-2.118, -2.036, -1.804]
     """
     if images.dtype != torch.uint8 or images.ndim not in (3, 4) or images.shape[-3] != 3:
         raise ValueError(f"normalise takes uint8 images (N, 3, H, W), got {images.dtype} {tuple(images.shape)}")

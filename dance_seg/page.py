@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 TEMPLATE = "report.html.jinja"
@@ -107,6 +106,7 @@ class Panels:
     title: str = ""
     note: str = ""
     small: bool = False
+    columns: int = 0  # pictures in a row; 0: all of them
 
 
 @dataclass(frozen=True)
@@ -132,6 +132,7 @@ class Lines:
 
     kind: ClassVar[str] = "lines"
     lines: tuple[str, ...]
+    title: str = ""
 
 
 @dataclass(frozen=True)
@@ -152,6 +153,7 @@ class Section:
     title: str
     blocks: tuple[Block, ...] = ()
     note: str = ""
+    narrow: bool = False  # more blocks beside one another
 
 
 @dataclass(frozen=True)
@@ -168,6 +170,8 @@ class Page:
 
 def render(page: Page) -> str:
     """The page as HTML."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,

@@ -53,7 +53,7 @@ def accepted(make: Callable[..., Any]) -> tuple[dict[str, inspect.Parameter], bo
     ['name', 'args']
     """
     found: dict[str, inspect.Parameter] = {}
-    steps = [c.__init__ for c in make.__mro__ if "__init__" in vars(c)] if isinstance(make, type) else [make]
+    steps = [vars(c)["__init__"] for c in make.__mro__ if "__init__" in vars(c)] if isinstance(make, type) else [make]
     for step in steps:
         parameters = inspect.signature(step).parameters.values()
         named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name != "self"]

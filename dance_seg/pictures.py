@@ -33,7 +33,7 @@ def read_indices(path: Path) -> Indices:
     """
     picture = _opened(path)
     if picture.mode not in ("P", "L"):
-        raise DataError(f"{path}: a {picture.mode} picture; labels and predictions are kept as palette PNGs of class ids")
+        raise DataError(f"{path}: a {picture.mode} picture; labels and predictions are palette PNGs of class ids")
     palette = np.repeat(np.arange(256, dtype=np.uint8)[:, None], 3, axis=1)
     given = np.array(picture.getpalette("RGB") or [], np.uint8).reshape(-1, 3)[:256]
     palette[: len(given)] = given

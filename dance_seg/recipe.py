@@ -145,11 +145,12 @@ def _refuse_tricks(text: str, at: str) -> None:
     """YAML that could expand without bound or name a Python object has no place in a recipe."""
     try:
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            line = event.start_mark.line + 1 if event.start_mark else 0
             if isinstance(event, yaml.AliasEvent):
-                raise ValueError(f"{at}:{event.start_mark.line + 1}: YAML aliases (*{event.anchor}) are not allowed")
+                raise ValueError(f"{at}:{line}: YAML aliases (*{event.anchor}) are not allowed")
             tag = getattr(event, "tag", None)
             if (tag and not tag.startswith("tag:yaml.org,2002:")) or (tag and "python" in tag):
-                raise ValueError(f"{at}:{event.start_mark.line + 1}: YAML tags ({tag}) are not allowed")
+                raise ValueError(f"{at}:{line}: YAML tags ({tag}) are not allowed")
         top = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ValueError(f"{at}: not valid YAML: {' '.join(str(error).split())}") from None

@@ -8,7 +8,7 @@ Each section is a function of the run; a part that is not there yet leaves one l
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,7 +18,6 @@ from dance_seg.errors import DataError
 from dance_seg.page import (
     Bar,
     Bars,
-    Block,
     Card,
     Cell,
     Chart,
@@ -51,7 +50,7 @@ from dance_seg.pictures import (
     read_image,
     read_indices,
 )
-from dance_seg.runs import Picture, Run, Thumbnail, Validation, number, read_run, section
+from dance_seg.runs import Picture, Run, Thumbnail, Validation, WholePlan, number, read_run, section
 
 MOST_PICTURES = 8
 PICTURE_BYTES = 2_600_000  # of validation pictures in a page
@@ -104,7 +103,8 @@ def cards(run: Run) -> tuple[Card, ...]:
     chosen, training, inference = shown_validation(run), run.training, run.inference
     if chosen is not None and run.last is not None:
         note = f"best checkpoint, epoch {chosen.epoch}; last {run.last.miou:.2f}"
-        found.append(Card("mIoU", f"{chosen.miou:.2f}", "points", note if run.best else f"epoch {chosen.epoch}, not chosen from"))
+        note = note if run.best else f"last validation, epoch {chosen.epoch}"
+        found.append(Card("mIoU", f"{chosen.miou:.2f}", "points", note))
     if (gmacs := number(training.get("cost/train_gmacs"))) is not None:
         found.append(Card("Training", figure_text(gmacs), "GMACs", against_dense(run)))
     if (seconds := number(training.get("cost/train_seconds"))) is not None:
@@ -115,7 +115,9 @@ def cards(run: Run) -> tuple[Card, ...]:
         share = f"{100 * dropped / offered:.1f} % of {offered:,.0f} offered" if offered else ""
         found.append(Card("Images dropped", f"{dropped:,.0f}", "", share))
     if (gmacs := number(inference.get("gmacs"))) is not None:
-        found.append(Card("Inference", figure_text(gmacs), "GMACs", f"one image of {size_text(inference.get('input_size'))}"))
+        found.append(
+            Card("Inference", figure_text(gmacs), "GMACs", f"one image of {size_text(inference.get('input_size'))}")
+        )
     if (parameters := number(inference.get("parameters"))) is not None:
         found.append(Card("Parameters", *count_text(parameters).split(" ", 1)))
     return tuple(found)
@@ -128,26 +130,9 @@ def shown_validation(run: Run) -> Validation | None:
 
 def against_dense(run: Run) -> str:
     """The pixels of the plan against those of the same epochs with every image at full resolution."""
-    planned = planned_pixels(run)
-    return f"{change_text(planned[0] / planned[1])} pixels against dense epochs of full images" if planned else ""
-
-
-def planned_pixels(run: Run) -> tuple[float, float] | None:
-    """Pixels that the plan pays for, and what the same epochs cost at full resolution with nothing dropped."""
-    epochs = plan_epochs(run)
-    sizes = list(run.plan.get("sizes") or ()) if run.plan else []
-    paid = [number(epoch.get("pixels")) for epoch in epochs]
-    offered = [number(epoch.get("images_offered")) for epoch in epochs]
-    if not epochs or not sizes or None in paid or None in offered:
-        return None
-    height, width = sizes[-1]
-    dense = height * width * sum(value or 0 for value in offered)
-    return (sum(value or 0 for value in paid), dense) if dense else None
-
-
-def plan_epochs(run: Run) -> list[Mapping[str, Any]]:
-    """The plan's epochs."""
-    return [epoch for epoch in (run.plan or {}).get("epochs") or () if isinstance(epoch, dict)]
+    if run.plan is None:
+        return ""
+    return f"{change_text(run.plan.pixels / run.plan.dense_pixels)} pixels against dense epochs of full images"
 
 
 # Pictures ---------------------------------------------------------------------------------------------------------
@@ -159,12 +144,18 @@ def predictions(run: Run) -> Section:
     shown, problems = read_pictures(run.pictures[:MOST_PICTURES])
     if not shown:
         return Section(title, note=problems or "No pictures yet: they are kept at each validation.")
-    rows = fitted(lambda width: [_panels(*one, width) for one in shown], PICTURE_BYTES, panels_bytes)
+    rows = fitted(lambda width: [_panels(one, width) for one in shown], PICTURE_BYTES, panels_bytes)
     note = "Validation images as the newest validation saw them. Wrong pixels are red; dark ones are not scored."
     return Section(title, (*rows, Legend(class_keys(run, shown))), f"{note} {problems}".strip())
 
 
-Shown = tuple[Picture, np.ndarray, Indices, Indices]
+class Shown(NamedTuple):
+    """A validation picture, read."""
+
+    picture: Picture
+    image: np.ndarray  # (H, W, 3)
+    label: Indices
+    prediction: Indices
 
 
 def read_pictures(pictures: Sequence[Picture]) -> tuple[list[Shown], str]:
@@ -172,20 +163,17 @@ def read_pictures(pictures: Sequence[Picture]) -> tuple[list[Shown], str]:
     shown, problems = [], []
     for picture in pictures:
         try:
-            image, label, prediction = (
-                read_image(picture.image),
-                read_indices(picture.label),
-                read_indices(picture.prediction),
-            )
+            label, prediction = read_indices(picture.label), read_indices(picture.prediction)
             if label.ids.shape != prediction.ids.shape:
                 raise DataError(f"{picture.label}: label and prediction differ in size")
-            shown.append((picture, image, label, prediction))
+            shown.append(Shown(picture, read_image(picture.image), label, prediction))
         except DataError as error:
             problems.append(str(error))
     return shown, f"Left out: {listed(problems, 2)}." if problems else ""
 
 
-def _panels(picture: Picture, image: np.ndarray, label: Indices, prediction: Indices, width: int) -> Panels:
+def _panels(shown: Shown, width: int) -> Panels:
+    picture, image, label, prediction = shown
     right = points_right(label.ids, prediction.ids)
     errors = marked_errors(image, label.ids, prediction.ids)
     return Panels(
@@ -207,8 +195,8 @@ def panels_bytes(rows: Sequence[Panels]) -> int:
 
 def class_keys(run: Run, shown: Sequence[Shown]) -> tuple[Key, ...]:
     """The colours of the classes in the pictures; only of errors where the run does not name its classes."""
-    present = sorted({int(i) for _, _, *both in shown for indices in both for i in np.unique(indices.ids)})
-    palette = shown[0][2].palette
+    present = sorted({int(i) for one in shown for ids in (one.label.ids, one.prediction.ids) for i in np.unique(ids)})
+    palette = shown[0].label.palette
     named = [(run.classes[i], palette[i]) for i in present if i < len(run.classes)]
     named += [("wrong", np.array(WRONG)), ("not scored", np.array(IGNORED))]
     return tuple(Key(name, color="rgb({}, {}, {})".format(*(int(value) for value in color))) for name, color in named)
@@ -234,7 +222,9 @@ def class_scores(run: Run) -> Section:
         )
         if value is not None
     ]
-    return Section(title, (Bars(bars, columns=True),), f"Validation {which}, after epoch {chosen.epoch}: {', '.join(accuracies)}.")
+    return Section(
+        title, (Bars(bars, columns=True),), f"Validation {which}, after epoch {chosen.epoch}: {', '.join(accuracies)}."
+    )
 
 
 def curves(run: Run) -> Section:
@@ -280,8 +270,11 @@ def curves(run: Run) -> Section:
         ),
     ]
     missing = [chart.title for chart in charts if not chart.svg]
-    note = f"Not logged yet: {', '.join(missing)}." if missing else ""
-    return Section("Curves", tuple(chart for chart in charts if chart.svg), note)
+    notes = [f"Not logged yet: {', '.join(missing)}."] if missing else []
+    broken = [str(row.get("step")) for row in run.rows if "train/loss" in (row.get("not_finite") or ())]
+    if broken:
+        notes.append(f"The loss was not finite at step {listed(broken, 3)}.")
+    return Section("Curves", tuple(chart for chart in charts if chart.svg), " ".join(notes))
 
 
 # Costs ------------------------------------------------------------------------------------------------------------
@@ -314,7 +307,9 @@ def cost_bars(run: Run, unit: str) -> Bars | None:
             bars.append(Bar("validation (not training)", value / largest, said, "shade-0"))
         else:
             share = f" · {100 * value / total:.1f} %" if total and len(amounts) > 1 else ""
-            bars.append(Bar(charge_name(kind), value / largest, said + share, "shade-5" if kind == "train" else "series-1"))
+            bars.append(
+                Bar(charge_name(kind), value / largest, said + share, "shade-5" if kind == "train" else "series-1")
+            )
     return Bars(tuple(bars), title="Seconds" if unit == "seconds" else "Multiply-accumulates")
 
 
@@ -360,106 +355,85 @@ def inference_table(run: Run) -> Table:
 
 def plan(run: Run) -> Section:
     """What each epoch does with the images: the share at each scale, what is dropped, the pixels paid."""
-    title, epochs = "The plan, epoch by epoch", plan_epochs(run)
+    title = "The plan, epoch by epoch"
     if not run.recipe.get("data_slimming"):
         return Section(title, note="No data slimming: every image is trained on at full resolution in every epoch.")
-    if not epochs:
+    if run.plan is None:
         return Section(title, note="No plan yet: it is written when training starts.")
-    block = plan_chart(run)
-    planned = planned_pixels(run)
-    bars = []
-    if planned:
-        paid, dense = planned
-        bars = [
-            Bars(
-                (
-                    Bar("every image, full size", 1.0, f"{dense / 1e6:,.1f} M"),
-                    Bar("this plan", min(1.0, paid / dense), f"{paid / 1e6:,.1f} M", "series-0"),
-                ),
-                title="Pixels of all epochs",
-                note=f"{change_text(paid / dense)} against training each image at full resolution in each epoch.",
-            )
-        ]
-    return Section(title, (block, Stack((*bars, plan_table(run)))))
-
-
-def plan_chart(run: Run) -> Chart:
-    """Stacked shares of the images offered, with the pixels paid as a line."""
-    assert run.plan is not None
-    epochs, scales, sizes = plan_epochs(run), list(run.plan.get("scales") or ()), list(run.plan.get("sizes") or ())
-    offered = [number(epoch.get("images_offered")) or 1.0 for epoch in epochs]
-    served = [list(epoch.get("images_per_scale") or ()) for epoch in epochs]
-    dropped = [(number(epoch.get("images_dropped")) or 0.0) for epoch in epochs]
-    names = [f"scale {scale:g} ({size_text(size)})" for scale, size in zip(scales, sizes, strict=False)]
-    layers = [
-        Layer(
-            name,
-            [((number(row[i]) or 0.0) if i < len(row) else 0.0) / of for row, of in zip(served, offered, strict=True)],
-            shade,
-        )
-        for i, (name, shade) in enumerate(zip(names, shades(max(1, len(names))), strict=True))
-    ]
-    layers.append(Layer("dropped", [value / of for value, of in zip(dropped, offered, strict=True)], 0))
-    full = sizes[-1][0] * sizes[-1][1] if sizes else 1
-    pixels = [(number(epoch.get("pixels")) or 0.0) / (of * full) for epoch, of in zip(epochs, offered, strict=True)]
-    notes = [
-        f"epoch {i + 1}: "
-        + ", ".join(f"{layer.name} {100 * layer.values[i]:.0f} %" for layer in layers)
-        + f"; pixels {100 * pixels[i]:.0f} % of dense"
-        for i in range(len(epochs))
-    ]
-    keys = [Key(layer.name, f"shade-{layer.shade}") for layer in layers] + [Key("pixels paid, of dense", "series-1")]
-    middles = [i + 0.5 for i in range(len(epochs))]
-    return Chart(
-        "Images of each epoch",
-        stacked_chart(
-            layers,
-            title="Share of images at each scale and dropped, by epoch",
-            x_label="epoch",
-            y_label="of the images offered",
-            notes=notes if len(notes) <= 400 else (),
-            line=Line(middles, pixels, "pixels paid, of dense", series=1),
+    paid, dense = run.plan.pixels, run.plan.dense_pixels
+    bars = Bars(
+        (
+            Bar("every image at full size in every epoch", 1.0, count_text(dense)),
+            Bar("this plan", min(1.0, paid / dense), count_text(paid), "series-0"),
         ),
-        keys=tuple(keys),
+        title="Pixels of all epochs",
+        note=f"{change_text(paid / dense)} against dense training.",
+    )
+    return Section(title, (plan_chart(run.plan), Stack((bars, plan_table(run.plan)))))
+
+
+def plan_chart(plan: WholePlan, title: str = "Images of each epoch") -> Chart:
+    """Stacked shares of the images offered, with the pixels paid as a line."""
+    offered = np.array([max(epoch.images_offered, 1) for epoch in plan.epochs])
+    served = np.array([epoch.images_per_scale for epoch in plan.epochs]).T / offered
+    dropped = np.array([epoch.images_dropped for epoch in plan.epochs]) / offered
+    height, width = plan.sizes[-1]
+    pixels = np.array([epoch.pixels for epoch in plan.epochs]) / (offered * height * width)
+    layers = [
+        Layer(f"scale {scale:g} ({size_text(size)})", shares.tolist(), shade)
+        for scale, size, shares, shade in zip(plan.scales, plan.sizes, served, shades(len(plan.scales)), strict=True)
+    ]
+    layers.append(Layer("dropped", dropped.tolist(), 0))
+    notes = [
+        f"epoch {k + 1}: "
+        + ", ".join(f"{layer.name} {100 * layer.values[k]:.0f} %" for layer in layers)
+        + f"; pixels {100 * pixels[k]:.0f} % of dense"
+        for k in range(len(plan.epochs))
+    ]
+    line = Line((np.arange(len(pixels)) + 0.5).tolist(), pixels.tolist(), "pixels paid, of dense", series=1)
+    drawing = stacked_chart(
+        layers,
+        title="Share of images at each scale and dropped, by epoch",
+        x_label="epoch",
+        y_label="of the images offered",
+        notes=notes if len(notes) <= 400 else (),
+        line=line,
+    )
+    return Chart(
+        title,
+        drawing,
+        keys=(*(Key(layer.name, f"shade-{layer.shade}") for layer in layers), Key(line.name, "series-1")),
     )
 
 
-def plan_table(run: Run) -> Table:
+def plan_table(plan: WholePlan) -> Table:
     """The plan's sums."""
-    epochs = plan_epochs(run)
-    words = {
-        "steps": "steps",
-        "images_offered": "images offered",
-        "images_paid": "images paid",
-        "images_dropped": "images dropped",
-        "pixels": "pixels",
+    sums = {
+        "steps": sum(epoch.steps for epoch in plan.epochs),
+        "images offered": sum(epoch.images_offered for epoch in plan.epochs),
+        "images paid": sum(epoch.images_paid for epoch in plan.epochs),
+        "images dropped": sum(epoch.images_dropped for epoch in plan.epochs),
+        "pixels": plan.pixels,
     }
-    rows = [
-        (Cell(name), Cell(f"{sum(number(epoch.get(key)) or 0.0 for epoch in epochs):,.0f}")) for key, name in words.items()
-    ]
-    weights = [value for item in (run.plan or {}).get("weights") or () if (value := number(item)) is not None]
-    if weights:
-        rows.append((Cell("loss weights at the end"), Cell(f"{min(weights):.2f} to {max(weights):.2f}")))
+    rows = [(Cell(name), Cell(f"{value:,}")) for name, value in sums.items()]
+    if plan.weights:
+        rows.append((Cell("loss weights at the end"), Cell(f"{min(plan.weights):.2f} to {max(plan.weights):.2f}")))
     return Table((), tuple(rows), title="All epochs together")
 
 
 def complexity(run: Run) -> Section:
     """How complex the training images are, where the plan divides them, and the extreme ones."""
-    title = "Complexity of the training images"
-    scored = section(run.plan or {}, "complexity")
-    values = [value for item in scored.get("values") or () if (value := number(item)) is not None]
-    thumbnails = [
-        block
-        for name, found in (("Simplest", run.simplest), ("Most complex", run.most_complex))
-        if (block := thumbnail_row(name, found, scored)) is not None
-    ]
-    if not values:
-        note = "No image was scored: the run has no data slimming." if not run.recipe.get("data_slimming") else "Not scored yet."
-        return Section(title, tuple(thumbnails), note if not thumbnails else "")
-    measure = str(scored.get("measure", "complexity"))
-    chart, note = complexity_chart(run, values, measure.replace("_", " "))
+    title, values = "Complexity of the training images", run.plan.complexity if run.plan else ()
+    rows = (thumbnail_row("Simplest", run.simplest, sorted(values)),
+            thumbnail_row("Most complex", run.most_complex, sorted(values, reverse=True)))  # fmt: skip
+    thumbnails = tuple(row for row in rows if row is not None)
+    if run.plan is None or not values:
+        slimmed = bool(run.recipe.get("data_slimming"))
+        note = "Not scored yet." if slimmed else "No image was scored: the run has no data slimming."
+        return Section(title, thumbnails, note)
+    chart, note = complexity_chart(run, values, run.plan.measure.replace("_", " ") or "complexity")
     if not thumbnails:
-        note = f"{note} No pictures of the simplest and the most complex images.".strip()
+        note += " There are no pictures of the simplest and the most complex images."
     return Section(title, (chart, *thumbnails), note)
 
 
@@ -484,11 +458,8 @@ def complexity_chart(run: Run, values: Sequence[float], measure: str) -> tuple[C
     return Chart("Distribution", svg, keys=keys), note
 
 
-def thumbnail_row(title: str, found: Sequence[Thumbnail], scored: Mapping[str, Any]) -> Panels | None:
-    """Training images in a row with their complexity."""
-    values = sorted(value for item in scored.get("values") or () if (value := number(item)) is not None)
-    if title != "Simplest":
-        values.reverse()
+def thumbnail_row(title: str, found: Sequence[Thumbnail], values: Sequence[float]) -> Panels | None:
+    """Training images in a row with their complexity, which is that of their rank among the values."""
 
     def panels(width: int) -> list[Panels]:
         made = []
@@ -525,7 +496,10 @@ def circumstances(run: Run) -> Section:
         ("finished", facts.get("finished") or "not yet"),
         *((("elapsed", seconds_text(elapsed)),) if (elapsed := elapsed_seconds(facts)) is not None else ()),
         ("run id", facts.get("run_id", "unknown")),
-        ("versions", ", ".join(f"{name} {version}" for name, version in section(facts, "versions").items()) or "unknown"),
+        (
+            "versions",
+            ", ".join(f"{name} {version}" for name, version in section(facts, "versions").items()) or "unknown",
+        ),
     ]
     table = Table((), tuple((Cell(name), Cell(str(value))) for name, value in rows), figures=False)
     return Section("Circumstances", (table,), "" if facts else "run.json is missing.")

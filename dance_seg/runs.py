@@ -57,6 +57,41 @@ class Thumbnail:
 
 
 @dataclass(frozen=True)
+class PlannedEpoch:
+    """What one epoch does with the images."""
+
+    steps: int
+    images_offered: int
+    images_paid: int
+    images_dropped: int
+    pixels: int
+    images_per_scale: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class WholePlan:
+    """What every epoch does, and the complexity (N,) of the images it follows; both orders are the data's own."""
+
+    scales: tuple[float, ...]
+    sizes: tuple[tuple[int, int], ...]  # (H, W) at each scale
+    epochs: tuple[PlannedEpoch, ...]
+    measure: str = ""
+    complexity: tuple[float, ...] = ()
+    weights: tuple[float, ...] = ()  # in the loss, (N,), at the end
+
+    @property
+    def pixels(self) -> int:
+        """Pixels that the plan pays for."""
+        return sum(epoch.pixels for epoch in self.epochs)
+
+    @property
+    def dense_pixels(self) -> int:
+        """Pixels of as many epochs with every image at full resolution."""
+        height, width = self.sizes[-1]
+        return height * width * sum(epoch.images_offered for epoch in self.epochs)
+
+
+@dataclass(frozen=True)
 class Run:
     """What a run folder holds."""
 
@@ -67,7 +102,7 @@ class Run:
     rows: Sequence[Mapping[str, Any]] = ()  # of metrics.jsonl, superseded ones left out
     training: Mapping[str, Any] = field(default_factory=dict)  # the ledger's sums
     inference: Mapping[str, Any] = field(default_factory=dict)  # one forward pass
-    plan: Mapping[str, Any] | None = None
+    plan: WholePlan | None = None
     pictures: tuple[Picture, ...] = ()
     simplest: tuple[Thumbnail, ...] = ()
     most_complex: tuple[Thumbnail, ...] = ()
@@ -212,7 +247,7 @@ def read_run(folder: str | Path) -> Run:
         rows=_read_rows(folder / "metrics.jsonl"),
         training=section(costs, "training"),
         inference=section(costs, "inference"),
-        plan=_read_json(folder / "plan.json") or None,
+        plan=_read_plan(folder / "plan.json"),
         pictures=_pictures(folder / "pictures"),
         simplest=simplest,
         most_complex=most_complex,
@@ -279,6 +314,37 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise DataError(f"{path}: holds {type(record).__name__}, not an object; move it away to go on without it")
     return record
+
+
+def _read_plan(path: Path) -> WholePlan | None:
+    record = _read_json(path)
+    if not record:
+        return None
+    scored = section(record, "complexity")
+    try:
+        plan = WholePlan(
+            scales=tuple(float(scale) for scale in record["scales"]),
+            sizes=tuple((int(height), int(width)) for height, width in record["sizes"]),
+            epochs=tuple(_planned_epoch(epoch) for epoch in record["epochs"]),
+            measure=str(scored.get("measure", "")),
+            complexity=tuple(float(value) for value in scored.get("values") or ()),
+            weights=tuple(float(value) for value in record.get("weights") or ()),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise DataError(f"{path}: not a plan ({reason}); move it away to go on without it") from None
+    if len(plan.sizes) != len(plan.scales) or any(len(e.images_per_scale) != len(plan.scales) for e in plan.epochs):
+        raise DataError(
+            f"{path}: scales, sizes and images_per_scale differ in number; move it away to go on without it"
+        )
+    return plan if plan.epochs and plan.scales else None
+
+
+def _planned_epoch(record: Mapping[str, Any]) -> PlannedEpoch:
+    counts = ("steps", "images_offered", "images_paid", "images_dropped", "pixels")
+    return PlannedEpoch(
+        *(int(record[key]) for key in counts), tuple(int(count) for count in record["images_per_scale"])
+    )
 
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ IGNORE = 255
 class Draw(NamedTuple):
     """One image as an epoch's plan wants it: everything a worker needs, so that a worker keeps no state."""
 
-    index: int  # which image of the training set
+    index: int  # type: ignore[assignment]  # which image of the training set
     size: tuple[int, int]  # (H, W) after downsampling, divisible by the model's stride
     weight: float = 1.0  # how much this image counts in the loss; mean 1 over the epoch's plan
     epoch: int = 0  # with index and occurrence: the counter of the augmentation's randomness

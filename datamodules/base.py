@@ -137,7 +137,7 @@ class SegmentationDataModule(LightningDataModule):
     def table(self) -> ComplexityTable:
         """The complexity of each training image, scored once."""
         measure = self.data_slimming.measure if self.data_slimming else "spatial_information"
-        options = {"seed": self.seed} if measure == "random" else {}
+        options: dict[str, Any] = {"seed": self.seed} if measure == "random" else {}
         return complexity_table(self.source("train"), measure, folder=self.cache_folder / "complexity", **options)
 
     def prepare_data(self) -> None:
@@ -215,7 +215,7 @@ class SegmentationDataModule(LightningDataModule):
             persistent_workers=workers > 0,
             worker_init_fn=worker_init if workers else None,
             pin_memory=torch.cuda.is_available(),
-            collate_fn=_as_it_is,
+            collate_fn=_as_it_is,  # type: ignore[arg-type]
             timeout=300 if workers else 0,  # a worker that hangs is an error, not a wait for ever
             **how,
         )

@@ -338,4 +338,4 @@ def with_progress(items: Iterable[T], count: int, what: str, progress: bool) -> 
     """The items, with a bar on standard error while they are worked off."""
     from tqdm import tqdm
 
-    return tqdm(items, total=count, desc=what, unit="image", disable=not progress, leave=False)
+    return tqdm(items, total=count, desc=what, unit="image", disable=not progress, leave=False, delay=1)

@@ -122,13 +122,13 @@ def resize(image: np.ndarray, label: np.ndarray, image_out: np.ndarray, label_ou
 
     By whole factors areas are averaged exactly. What is left of the reduction, a factor r below 2, is a three-tap
     blur of variance (r^2 - 1) / 8 and bilinear interpolation: within three grey levels of OpenCV's INTER_AREA on
-    street scenes (Pillow's own filters differ from it as much), in a third of its time. Up to one pixel less than the
-    whole factor is left out at the right and lower edge, of image and label alike.
+    street scenes (Pillow's own filters differ from it as much), in a third of its time. What the whole factor leaves
+    over, less than one pixel of the result, is cut off at the edges, of image and label alike.
     """
     height, width = label_out.shape
     whole = min(label.shape[0] // height, label.shape[1] // width)
     if whole >= 2:
-        kept = (slice(label.shape[0] // whole * whole), slice(label.shape[1] // whole * whole))
+        kept = tuple(slice(side % whole // 2, side % whole // 2 + side // whole * whole) for side in label.shape)
         image, label = image[kept], label[kept]
     _resize_image(image, whole, image_out)
     cv2.resize(label, (width, height), dst=label_out, interpolation=cv2.INTER_NEAREST_EXACT)

@@ -36,6 +36,7 @@ class Place(NamedTuple):
     label: str
     size: tuple[int, int]
     ids: np.ndarray  # (256,) uint8: class index or IGNORE to the id in the file
+    bonnet: int | None = None  # the id of what is ignored in the lowest quarter, where it has one of its own
 
 
 def write_layout(
@@ -72,9 +73,8 @@ def write_layout(
         bar = tqdm(LAYOUTS[layout](partial, counts, size), total=num, unit="scene", disable=not progress)
         for index, place in enumerate(bar):
             image, label = render_scene(seed, index, place.size)
-            label = with_void(label, place.ids)
             write_picture(partial / place.image, cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
-            write_picture(partial / place.label, label)
+            write_picture(partial / place.label, raw_label(label, place))
         if out.exists():
             out.rmdir()
         partial.rename(out)
@@ -137,7 +137,8 @@ def cityscapes(root: Path, counts: dict[str, int], size: tuple[int, int]) -> Ite
     for split, number in numbered(counts):
         city = CITIES[split][number % len(CITIES[split])]
         frame = f"{split}/{city}/{city}_{number // len(CITIES[split]):06d}_000019"
-        yield Place(f"leftImg8bit/{frame}_leftImg8bit.png", f"gtFine/{frame}_gtFine_labelIds.png", size, ids)
+        image, label = f"leftImg8bit/{frame}_leftImg8bit.png", f"gtFine/{frame}_gtFine_labelIds.png"
+        yield Place(image, label, size, ids, bonnet=CITYSCAPES_EGO_VEHICLE)
 
 
 def ade20k(root: Path, counts: dict[str, int], size: tuple[int, int]) -> Iterator[Place]:
@@ -172,13 +173,13 @@ LAYOUTS: dict[str, Callable[[Path, dict[str, int], tuple[int, int]], Iterator[Pl
 }
 
 
-def with_void(label: np.ndarray, ids: np.ndarray) -> np.ndarray:
-    """A label as the data set writes it; in Cityscapes what is ignored at the bottom is the ego vehicle."""
-    written = ids[label]
-    if tuple(ids[: len(CLASSES)]) == CITYSCAPES_LABEL_IDS:
-        bottom = written[-(len(written) // 4) :]
-        bottom[bottom == CITYSCAPES_UNLABELED] = CITYSCAPES_EGO_VEHICLE
-    return written
+def raw_label(label: np.ndarray, place: Place) -> np.ndarray:
+    """A label as the data set writes it."""
+    raw = place.ids[label]
+    if place.bonnet is not None:
+        bottom = slice(len(raw) * 3 // 4, None)
+        raw[bottom][label[bottom] == IGNORE] = place.bonnet
+    return raw
 
 
 def write_picture(path: Path, picture: np.ndarray) -> None:

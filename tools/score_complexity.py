@@ -45,14 +45,14 @@ def main() -> int:
     for epoch in schedule[:: max(1, len(schedule) // 20)]:
         counts = "  ".join(f"{n:{len(f'{h}x{w}')}d}" for n, (h, w) in zip(epoch.images_per_scale, sizes, strict=True))
         print(f"{epoch.epoch:5d}  {epoch.steps:5d}  {epoch.images_dropped:7d}  {counts}   {epoch.pixels / dense:.2f}")
-    share = sum(epoch.pixels for epoch in schedule) / (dense * len(schedule))
-    print(f"all {len(schedule)} epochs: {share:.3f} of the dense pixels, {sum(e.steps for e in schedule)} steps")
+    of_dense = sum(epoch.pixels for epoch in schedule) / (dense * len(schedule))
+    print(f"all {len(schedule)} epochs: {of_dense:.3f} of the dense pixels, {sum(e.steps for e in schedule)} steps")
     write_json(
         arguments.json,
         {
             "measure": recipe.data_slimming.measure,
             "images": dict(zip(table.names, map(float, table.values), strict=True)),
-            "pixels_over_dense": share,
+            "pixels_over_dense": of_dense,
             "epochs": [vars(epoch) for epoch in schedule],
         },
     )

@@ -126,7 +126,6 @@ class MacsPerSize:
 
     def renew(self, model: nn.Module) -> None:
         """Forget all counts: the model has another structure now, after a cut for example."""
-        self._skeleton = without_values(model)
         self._model = model
         self._costs: dict[tuple[int, int], TrainingCost] = {}
 
@@ -235,38 +234,50 @@ def is_free(operation: Any, name: str) -> bool:
 
 FREE_TAGS = {
     getattr(torch.Tag, name)
-    for name in ("pointwise", "reduction", "view_copy", "inplace_view", "nondeterministic_seeded")
-    if hasattr(torch.Tag, name)
+    for name in ("pointwise", "reduction", "view_copy", "inplace_view")
+    if hasattr(torch.Tag, name)  # torch has been adding tags; the names below hold what older ones leave out
 }
-
+NORMALISATION = """
+    native_batch_norm native_layer_norm native_group_norm cudnn_batch_norm miopen_batch_norm _native_batch_norm_legit
+    _native_batch_norm_legit_no_training _batch_norm_with_update _batch_norm_no_update batch_norm_stats batch_norm_elemt
+    batch_norm_gather_stats batch_norm_gather_stats_with_counts batch_norm_backward_reduce batch_norm_backward_elemt
+    batch_norm batch_norm_update_stats _fused_rms_norm _weight_norm_interface renorm
+"""
+POOLING = """
+    avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d _adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_avg_pool2d
+    adaptive_max_pool2d adaptive_max_pool3d max_pool2d_with_indices max_pool3d_with_indices max_unpool2d max_unpool3d
+    fractional_max_pool2d upsample_nearest1d upsample_nearest2d upsample_nearest3d _upsample_nearest_exact1d
+    _upsample_nearest_exact2d _upsample_nearest_exact3d
+"""
+ACTIVATIONS_AND_LOSSES = """
+    _softmax _softmax_backward_data _safe_softmax _masked_softmax _log_softmax _log_softmax_backward_data hardtanh
+    hardswish hardsigmoid hardshrink leaky_relu elu celu glu mish softplus softshrink threshold log_sigmoid
+    log_sigmoid_forward _prelu_kernel rrelu_with_noise native_dropout nll_loss_forward nll_loss nll_loss2d_forward
+    nll_loss2d binary_cross_entropy binary_cross_entropy_with_logits mse_loss smooth_l1_loss huber_loss
+"""
+SUMS_AND_ORDERS = """
+    sum nansum mean var std var_mean std_mean norm linalg_vector_norm prod any all amax amin aminmax max min argmax
+    argmin median mode logsumexp cumsum cumprod logcumsumexp cummax cummin trace sort topk kthvalue bincount histc
+    unique_dim _unique _unique2 unique_consecutive nonzero count_nonzero equal searchsorted bucketize isin
+"""
+COPIES = """
+    cat stack clone copy _to_copy _copy_from _unsafe_view as_strided as_strided_scatter constant_pad_nd
+    reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d replication_pad3d im2col
+    col2im pixel_shuffle pixel_unshuffle channel_shuffle roll flip rot90 repeat repeat_interleave index index_put
+    _unsafe_index _unsafe_index_put _index_put_impl _unsafe_masked_index _unsafe_masked_index_put_accumulate
+    index_select index_add index_copy index_fill index_reduce gather take put scatter scatter_add scatter_reduce
+    masked_fill masked_select masked_scatter embedding embedding_dense slice slice_scatter select select_scatter
+    diagonal diagonal_scatter diag_embed unfold tril triu resize set _local_scalar_dense _pin_memory _resize_output
+    unsafe_split unsafe_split_with_sizes split_copy split_with_sizes_copy unbind_copy lift
+"""
+NEW_TENSORS = """
+    empty empty_strided empty_permuted empty_like new_empty new_empty_strided new_zeros new_ones new_full zeros
+    zeros_like ones ones_like full full_like arange linspace eye scalar_tensor fill zero rand randn rand_like
+    randn_like randint randint_like randperm bernoulli normal uniform exponential multinomial random tril_indices
+    triu_indices _efficientzerotensor
+"""
 FREE = frozenset(
-    # normalisation
-    "native_batch_norm native_layer_norm native_group_norm _native_batch_norm_legit cudnn_batch_norm batch_norm_elemt "
-    "_native_batch_norm_legit_no_training _batch_norm_with_update _batch_norm_no_update batch_norm_stats batch_norm_backward "
-    "batch_norm_gather_stats_with_counts batch_norm_backward_reduce batch_norm_backward_elemt batch_norm_gather_stats "
-    "native_batch_norm_backward _fused_rms_norm renorm "
-    # pooling, neighbours, nearest interpolation
-    "avg_pool1d avg_pool2d avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_max_pool2d adaptive_max_pool3d "
-    "max_pool2d_with_indices max_pool3d_with_indices max_unpool2d fractional_max_pool2d upsample_nearest1d "
-    "upsample_nearest2d upsample_nearest3d _upsample_nearest_exact2d im2col col2im pixel_shuffle pixel_unshuffle "
-    # activations, softmax and losses that carry no pointwise tag
-    "_softmax _softmax_backward_data _safe_softmax _log_softmax _log_softmax_backward_data hardtanh_backward glu "
-    "hardswish_backward leaky_relu_backward elu_backward log_sigmoid_forward log_sigmoid prelu _prelu_kernel "
-    "nll_loss nll_loss_forward nll_loss2d nll_loss2d_forward binary_cross_entropy mse_loss native_dropout "
-    # sums, extremes, orders
-    "sum mean amax amin argmax argmin max min var_mean var std std_mean norm linalg_vector_norm prod any all cumsum "
-    "logsumexp sort topk kthvalue bincount histc unique_dim _unique2 nonzero count_nonzero equal is_nonzero "
-    # copies, indices, shapes
-    "cat stack clone copy _to_copy _unsafe_view _reshape_alias as_strided constant_pad_nd reflection_pad1d "
-    "reflection_pad2d replication_pad2d roll flip repeat repeat_interleave index index_put _unsafe_index "
-    "_unsafe_index_put _index_put_impl index_select index_add index_copy index_fill gather scatter scatter_add "
-    "scatter_reduce masked_select masked_scatter embedding embedding_dense slice slice_scatter select select_scatter "
-    "diagonal diagonal_scatter unfold tril triu split split_with_sizes unbind resize set lift_fresh _local_scalar_dense "
-    "item diag_embed channel_shuffle _pin_memory pin_memory record_stream _conj _neg_view expand_copy "
-    # new tensors and random numbers
-    "empty empty_strided empty_like new_empty new_empty_strided new_zeros new_ones new_full zeros zeros_like ones "
-    "ones_like full full_like arange linspace eye scalar_tensor fill zero rand randn rand_like randn_like randint "
-    "randperm bernoulli normal uniform exponential multinomial".split()
+    " ".join((NORMALISATION, POOLING, ACTIVATIONS_AND_LOSSES, SUMS_AND_ORDERS, COPIES, NEW_TENSORS)).split()
 )
 
 
@@ -361,7 +372,7 @@ COUNTED: dict[str, tuple[str, Formula]] = {
     "addmv": ("matrix product", product_macs(1)),
     "baddbmm": ("matrix product", product_macs(1)),
     "addbmm": ("matrix product", product_macs(1)),
-    **{name: ("attention", attention_macs) for name in ATTENTION},
+    **dict.fromkeys(ATTENTION, ("attention", attention_macs)),
     **{f"{name}_backward": ("attention", attention_backward_macs) for name in ATTENTION},
     **{name: ("interpolation", mixing_macs(weights)) for name, weights in MIXED_INPUTS.items()},
     **{f"{name}_backward": ("interpolation", mixing_backward_macs(weights)) for name, weights in MIXED_INPUTS.items()},

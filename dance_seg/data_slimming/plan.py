@@ -156,7 +156,7 @@ def rare_images(classes_present_NC: np.ndarray, share: float) -> np.ndarray:
     """
     images_per_class = classes_present_NC.sum(axis=0)
     rare_class = (images_per_class > 0) & (images_per_class < share * len(classes_present_NC))
-    return classes_present_NC[:, rare_class].any(axis=1)
+    return np.asarray(classes_present_NC[:, rare_class].any(axis=1))
 
 
 def scaled_size(crop: tuple[int, int], scale: float, stride: int) -> tuple[int, int]:

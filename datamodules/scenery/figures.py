@@ -26,6 +26,7 @@ class Figure:
         ends = np.cumsum([len(polygon) for polygon in polygons]).tolist()
         spans = iter(zip([0, *ends[:-1]], ends, strict=True))
         self.faces: list[list[Span]] = [[(role, *next(spans)) for role, _ in parts] for parts in faces]
+        self.roles = frozenset(role for parts in faces for role, _ in parts)
         self.half_length = float(np.abs(self.points[:, 2]).max())
         self.half_width = float(np.abs(self.points[:, 0]).max())
         self.solid = solid

@@ -244,7 +244,7 @@ def lamp(scene: Scene, side: int, lateral: float, depth: float, height: float, t
     arm = x - side * height * 0.22
 
     def paint(painter: Painter) -> None:
-        painter.post(x, depth, 0.0, height, 0.16, (tone, tone, tone), POLE)
+        painter.post(x, depth, 0.0, height, 0.2, (tone, tone, tone), POLE)
         half = max(0.06, 0.5 * painter.zoom / painter.pixels(1.0, depth))
         low, high = height - half, height + half
         bar = [(x, low, depth), (arm, low + 0.3, depth), (arm, high + 0.3, depth), (x, high, depth)]
@@ -261,13 +261,13 @@ def sign(scene: Scene, lateral: float, depth: float) -> Thing:
     """A post with a traffic sign, a direction board, a banner or a traffic light."""
     draw, street, light = scene[:3]
     x = street.x(lateral, depth)
-    post, size, tone = draw.uniform(2.0, 2.8), draw.uniform(0.32, 0.5), draw.uniform(110, 170)
+    post, size, tone = draw.uniform(2.0, 2.8), draw.uniform(0.4, 0.62), draw.uniform(110, 170)
     board = one_of(draw, ((36, 70, 150), (30, 110, 70), (200, 190, 60), (190, 50, 44)), 10)
     head = draw.choice((round_sign, round_sign, warning_sign, direction_board, banner, traffic_light))
     variant = draw.randrange(3)
 
     def paint(painter: Painter) -> None:
-        painter.post(x, depth, 0.0, post + size, 0.1, (tone, tone, tone), POLE)
+        painter.post(x, depth, 0.0, post + size, 0.13, (tone, tone, tone), POLE)
         head(painter, (x, post, depth), size, board, variant)
 
     return Thing(depth, paint, shadow_under(light, x, depth, 0.1, 0.1))

@@ -108,7 +108,7 @@ def people(scene: Scene) -> Iterator[Thing]:
     for _ in range(how_many(draw, 0.15 + 1.2 * crowdedness)):
         lateral = draw.choice((-1, 1)) * street.half * draw.uniform(0.5, 0.9)
         turn = draw.uniform(0.6, 2.4) if draw.random() < 0.25 else 0.0
-        depth = log_uniform(draw, 6, 40)
+        depth = log_uniform(draw, 5.5, 30)
         if is_free(scene, lateral, depth, 0.4, 1.1):
             yield bicyclist(scene, lateral, depth, turn)
 

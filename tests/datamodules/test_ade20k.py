@@ -9,7 +9,9 @@ from PIL import Image
 from dance_seg.errors import DataError
 from dance_seg.sample import IGNORE
 from datamodules.ade20k import ADE20K, ade20k_split
+from datamodules.scenes import CLASSES, render_scene
 from datamodules.sources import FileSource, hold_out
+from tools.make_shapes import write_layout
 
 
 def make(root: Path, folder: str = "training", count: int = 2) -> Path:
@@ -97,3 +99,16 @@ def test_an_id_above_150_is_an_error(tmp_path: Path) -> None:
     Image.new("L", (151, 1), 151).save(tmp_path / "annotations" / "training" / "ADE_train_00000000.png")
     with pytest.raises(DataError, match=r"raw id 151 .*knows 0 to 150"):
         FileSource(*ade20k_split(tmp_path, "train")).load(0)
+
+
+def test_scenes_written_in_this_layout_come_back_as_drawn(tmp_path: Path) -> None:
+    write_layout("ade20k", tmp_path / "data", 8, seed=3, size=(32, 48))
+    called = ["sky", "building", "pole", "road", "sidewalk", "tree", "signboard", "fence", "car", "person", "bicycle"]
+    train_ids = [ADE20K.classes.index(name) for name in called] + [IGNORE] * (256 - len(CLASSES))
+    sources = [FileSource(*ade20k_split(tmp_path / "data", split)) for split in ("train", "val")]
+    read = [source.load(index) for source in sources for index in range(len(source))]
+    assert len({sample.label.shape for sample in read}) == 3
+    for index, sample in enumerate(read):
+        drawn = render_scene(3, index, (sample.label.shape[0], sample.label.shape[1]))
+        np.testing.assert_array_equal(sample.label, np.array(train_ids, np.uint8)[drawn.label])
+        assert abs(sample.image.astype(int) - drawn.image).mean() < 10  # JPEG

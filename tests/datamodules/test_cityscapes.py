@@ -9,7 +9,9 @@ from PIL import Image
 from dance_seg.errors import DataError
 from dance_seg.sample import IGNORE
 from datamodules.cityscapes import CITYSCAPES, CITYSCAPES_TRAIN_IDS, cityscapes_split
+from datamodules.scenes import CLASSES, render_scene
 from datamodules.sources import FileSource
+from tools.make_shapes import write_layout
 
 TRAIN_OF_ID = {
     7: 0, 8: 1, 11: 2, 12: 3, 13: 4, 17: 5, 19: 6, 20: 7, 21: 8, 22: 9, 23: 10, 24: 11, 25: 12, 26: 13, 27: 14, 28: 15,
@@ -146,3 +148,18 @@ def test_a_folder_that_links_out_of_the_root_is_refused(tmp_path: Path) -> None:
     (root / "leftImg8bit").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(DataError, match="link that leads out of"):
         cityscapes_split(root, "train")
+
+
+def test_scenes_written_in_this_layout_come_back_as_drawn(tmp_path: Path) -> None:
+    write_layout("cityscapes", tmp_path / "data", 8, seed=3, size=(32, 48))
+    called = (
+        "sky", "building", "pole", "road", "sidewalk", "vegetation", "traffic sign", "fence", "car", "person", "rider",
+    )  # fmt: skip
+    train_ids = [CITYSCAPES.classes.index(name) for name in called] + [IGNORE] * (256 - len(CLASSES))
+    drawn = [render_scene(3, index, (32, 48)) for index in range(8)]
+    sources = [FileSource(*cityscapes_split(tmp_path / "data", split)) for split in ("train", "val")]
+    read = [source.load(index) for source in sources for index in range(len(source))]
+    assert len(read) == 8
+    assert {sample.image.tobytes() for sample in read} == {sample.image.tobytes() for sample in drawn}
+    expected = {np.array(train_ids, np.uint8)[sample.label].tobytes() for sample in drawn}
+    assert {sample.label.tobytes() for sample in read} == expected

@@ -36,7 +36,10 @@ class Listed:
 def listed(count=5, size=(256, 256), **how):
     draw = np.random.default_rng(0)
     samples = [
-        Sample(draw.integers(0, min(256, 40 * (i + 1)), (*size, 3), dtype=np.uint8), draw.integers(0, 3, size, dtype=np.uint8))
+        Sample(
+            draw.integers(0, min(256, 40 * (i + 1)), (*size, 3), dtype=np.uint8),
+            draw.integers(0, 3, size, dtype=np.uint8),
+        )
         for i in range(count)
     ]
     return Listed(samples, **how)
@@ -182,7 +185,7 @@ def test_a_pass_that_is_broken_off_leaves_no_table(tmp_path):
                 raise ValueError("3.png is damaged")
             return super().load(index)
 
-    with pytest.raises(ValueError, match="3.png is damaged"):
+    with pytest.raises(ValueError, match="is damaged"):
         table_of(Broken(listed().samples), tmp_path)
     assert list(tmp_path.iterdir()) == []
 

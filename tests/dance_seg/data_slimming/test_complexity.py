@@ -174,7 +174,7 @@ def test_unknown_measures_and_options_are_refused_with_the_choice():
     with pytest.raises(ValueError, match="spatial_information takes no option 'seed'; it takes: statistic"):
         check_measure("spatial_information", {"seed": 1})
     for measure, entry in MEASURES.items():
-        check_measure(measure, {key: 0 for key in list(inspect.signature(entry.function).parameters)[1:]})
+        check_measure(measure, dict.fromkeys(list(inspect.signature(entry.function).parameters)[1:], 0))
 
 
 @pytest.mark.parametrize(

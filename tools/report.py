@@ -1,0 +1,23 @@
+"""Write a run's page again: python -m tools.report RUN ... writes RUN/report.html."""
+
+from pathlib import Path
+
+from tools.cli import parser, run
+
+
+def main() -> int:
+    """Write report.html into each run folder."""
+    arguments_parser = parser(__doc__)
+    arguments_parser.add_argument(
+        "runs", metavar="RUN", nargs="+", type=Path, help="run folders, such as runs/shapes_dense"
+    )
+    arguments = arguments_parser.parse_args()
+    from dance_seg.report import write_report
+
+    for folder in arguments.runs:
+        print(write_report(folder))
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)
