@@ -7,15 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from dance_seg.batch_norm import reestimate_batch_norm
 from dance_seg.checkpoint import load_checkpoint
-from dance_seg.cost.ledger import Ledger, MacsPerSize
-from dance_seg.normalise import denormalise
+from dance_seg.cost.ledger import Ledger, MacsPerSize, merge_ranks
+from dance_seg.cost.macs import Cost, count_macs
+from dance_seg.distributed import gather, rank
 from dance_seg.module import write_figures
+from dance_seg.normalise import denormalise
 from dance_seg.randomness import Stream, seed_torch
 from dance_seg.sample import Batch
 
@@ -81,12 +82,12 @@ class CostLedger(Callback):
         self._mark = 0.0
 
     def state_dict(self) -> dict[str, Any]:
-        """The ledger as plain data."""
-        return self.ledger.as_record()
+        """The ledger of all ranks together, as plain data; every rank takes part."""
+        return merge_ranks(gather(self.ledger)).as_record()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """The ledger of the run that is resumed."""
-        self.ledger = Ledger.from_record(state_dict)
+        """The ledger of the run that is resumed: rank 0 goes on with what all ranks had spent."""
+        self.ledger = Ledger.from_record(state_dict) if rank() == 0 else Ledger()
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Charge what came before the first step, once."""
@@ -100,13 +101,13 @@ class CostLedger(Callback):
         """Charge a step: MACs at its size, and the seconds since the last one, waiting for data included."""
         assert self._macs is not None
         images, size = len(batch.weights), tuple(batch.images.shape[-2:])
-        cost = self._macs[size]
+        cost = self._macs(size)
         now = time.perf_counter()
         self.ledger.add_step(
             images=images,
             pixels=images * size[0] * size[1],
-            macs_forward=images * cost.forward,
-            macs_backward=images * cost.backward,
+            macs_forward=images * cost.forward_macs,
+            macs_backward=images * cost.backward_macs,
             seconds=now - self._mark,
             decodes=batch.decodes,
         )
@@ -121,32 +122,38 @@ class CostLedger(Callback):
         self._mark = time.perf_counter()
         self.ledger.add("validation", seconds=self._mark - self._validation_began)
 
+    def forward_macs(self, size: tuple[int, int]) -> int:
+        """MACs of one image's forward pass at a size."""
+        assert self._macs is not None
+        return self._macs(size).forward_macs
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Charge the images that were offered and dropped; write and log the sums."""
-        summary = trainer.datamodule.schedule[trainer.current_epoch]  # type: ignore[attr-defined]
-        self.ledger.add_offered(summary.images_offered)
-        self.ledger.add_dropped(summary.images_dropped)
-        write_figures(pl_module, self.ledger.reduced().summary())
+        if trainer.is_global_zero:  # the plan is of all ranks together
+            summary = trainer.datamodule.schedule[trainer.current_epoch]  # type: ignore[attr-defined]
+            self.ledger.add_offered(summary.images_offered)
+            self.ledger.add_dropped(summary.images_dropped)
+        spent = merge_ranks(gather(self.ledger))
+        write_figures(pl_module, spent.summary())
         if self.folder is not None and trainer.is_global_zero:
-            self.write(self.folder / "cost.json", pl_module.evaluated_model, trainer.datamodule.crop)  # type: ignore[attr-defined]
+            cost = count_macs(pl_module.evaluated_model, trainer.datamodule.crop)  # type: ignore[attr-defined]
+            write_cost(self.folder / "cost.json", spent, cost)
 
-    def write(self, path: Path, model: torch.nn.Module, size: tuple[int, int]) -> None:
-        """Write cost.json: what training spent, and what one forward pass costs."""
-        from dance_seg.cost.macs import count_macs
 
-        cost = count_macs(model, input_size=size)
-        record = {
-            "training": self.ledger.reduced().summary(),
-            "inference": {
-                "gmacs": cost.macs / 1e9,
-                "parameters": cost.parameters,
-                "input_size": list(cost.input_size),
-                "uncounted": list(cost.uncounted),
-            },
-        }
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(json.dumps(record, indent=2) + "\n")
-        temporary.replace(path)
+def write_cost(path: Path, spent: Ledger, cost: Cost) -> None:
+    """Write cost.json: what training spent, and what one forward pass costs."""
+    record = {
+        "training": spent.summary(),
+        "inference": {
+            "gmacs": cost.macs / 1e9,
+            "parameters": cost.parameters,
+            "input_size": list(cost.input_size),
+            "uncounted": list(cost.uncounted),
+        },
+    }
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(record, indent=2) + "\n")
+    temporary.replace(path)
 
 
 class ReestimatedStatistics(Callback):
@@ -165,13 +172,12 @@ class ReestimatedStatistics(Callback):
         if not self.due(trainer.current_epoch):
             return
         began = time.perf_counter()
-        count, macs = 0, 0
+        macs = 0
 
         def counted() -> Iterable[Tensor]:
-            nonlocal count, macs
+            nonlocal macs
             for images in self.images():
-                count += len(images)
-                macs += len(images) * (self.ledger._macs[tuple(images.shape[-2:])].forward if self.ledger._macs else 0)
+                macs += len(images) * self.ledger.forward_macs(tuple(images.shape[-2:]))
                 yield images.to(pl_module.device)
 
         reestimate_batch_norm(pl_module.evaluated_model, counted())

@@ -83,15 +83,15 @@ class Frame:
         """Coordinates of a polyline."""
         return " ".join(f"{self.x(x)},{self.y(y)}" for x, y in xy)
 
-    def axes(self, *, percent: bool = False) -> Markup:
-        """Grid lines, tick labels and the two axis labels."""
+    def axes(self, *, percent: bool = False, whole: bool = False) -> Markup:
+        """Grid lines, tick labels and the two axis labels; y in percent, x in whole numbers."""
         parts = [written("axis", 2, self.top - 14, self.y_label)]
         values = ticks(self.y_low, self.y_high, 4)
         for value, text in zip(values, tick_texts(values, percent), strict=True):
             height = self.y(value)
             parts.append(element("line", "grid", x1=LEFT, x2=self.end, y1=height, y2=height))
             parts.append(written("tick", LEFT - 6, height + 4, text, "end"))
-        values = ticks(self.x_low, self.x_high, 6)
+        values = ticks(self.x_low, self.x_high, 6, least=1.0 if whole else 0.0)
         for value, text in zip(values, tick_texts(values), strict=True):
             parts.append(written("tick", self.x(value), BASE + 15, text, "middle"))
         parts.append(element("line", "base", x1=LEFT, x2=self.end, y1=BASE, y2=BASE))
@@ -107,10 +107,14 @@ def line_chart(
     y_label: str,
     x_end: float = 0.0,
     from_zero: bool = False,
+    whole: bool = False,
     marks: Sequence[Mark] = (),
     spans: Sequence[Span] = (),
 ) -> Markup:
-    """Curves over one x axis from 0 to `x_end` at least; `from_zero` begins the y axis at 0."""
+    """Curves over one x axis from 0 to `x_end` at least.
+
+    `from_zero` begins the y axis at 0, `whole` labels whole numbers of x only, as for epochs.
+    """
     drawn: list[tuple[Line, np.ndarray, np.ndarray]] = []
     for line in lines:
         x, y = finite(line.x, line.y)
@@ -126,7 +130,7 @@ def line_chart(
         y_label,
     )
     parts = [_span(frame, span) for span in spans]
-    parts.append(frame.axes())
+    parts.append(frame.axes(whole=whole))
     parts += [_curve(frame, line, x, y) for line, x, y in drawn]
     parts += [_mark(frame, mark) for mark in marks]
     return svg(title, parts)
@@ -153,7 +157,7 @@ def stacked_chart(
         above = [(k + side, edges[number + 1, k]) for k in range(columns) for side in (0, 1)]
         below = [(k + side, edges[number, k]) for k in reversed(range(columns)) for side in (1, 0)]
         parts.append(element("polygon", f"shade-{layer.shade}", points=frame.points(above + below)))
-    parts.append(frame.axes(percent=True))
+    parts.append(frame.axes(percent=True, whole=True))
     if line is not None:
         x, y = finite(line.x, line.y)
         parts.append(_curve(frame, line, x, y))
@@ -235,14 +239,15 @@ def joined(parts: Iterable[Markup]) -> Markup:
     return Markup("").join(parts)
 
 
-def ticks(low: float, high: float, about: int) -> list[float]:
-    """Round numbers from `low` to `high`, about so many.
+def ticks(low: float, high: float, about: int, least: float = 0.0) -> list[float]:
+    """Round numbers from `low` to `high`, about so many, and at least so far apart.
 
-    >>> ticks(0, 12, 6), ticks(0.0, 1.0, 4)
-    ([0.0, 2.0, 4.0, 6.0, 8.0, 10.0, 12.0], [0.0, 0.2, 0.4, 0.6, 0.8, 1.0])
+    >>> ticks(0, 12, 6), ticks(0.0, 1.0, 4), ticks(0, 2, 6, least=1.0)
+    ([0.0, 2.0, 4.0, 6.0, 8.0, 10.0, 12.0], [0.0, 0.2, 0.4, 0.6, 0.8, 1.0], [0.0, 1.0, 2.0])
     """
     power = 10.0 ** math.floor(math.log10((high - low) / about))
     step = power * min((1, 2, 5, 10), key=lambda factor: abs((high - low) / (factor * power) - about))
+    step = max(step, least)
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     return [float(f"{index * step:.12g}") for index in range(first, last + 1)]
 

@@ -38,6 +38,8 @@ TRAINING_ARGS = {
     "num_train",
 }
 
+LATENCY_CONDITIONS = ("batch", "device", "dtype", "threads", "input_size")
+
 
 @dataclass(frozen=True)
 class Column:
@@ -61,7 +63,7 @@ def _inference(key: str) -> Callable[[Run], float | None]:
 
 
 def _latency(key: str) -> Callable[[Run], float | None]:
-    return lambda run: number(section(run.inference, "latency_ms").get(key))
+    return lambda run: number(run.latency.get(key))
 
 
 def _best(run: Run) -> float | None:
@@ -99,6 +101,9 @@ COLUMNS = (
     Column("cost/train_joules", "joules", "Training cost", _training("cost/train_joules"), on_hardware=True),
     Column("inference/gmacs", "GMACs", "Inference cost", _inference("gmacs")),
     Column("inference/parameters", "parameters", "Inference cost", _inference("parameters"), text=count_text),
+    Column(
+        "inference/joules_per_image", "J per image", "Inference cost", _inference("joules_per_image"), on_hardware=True
+    ),
     Column("inference/latency_p50_ms", "ms p50", "Inference cost", _latency("p50"), on_hardware=True),
     Column("inference/latency_p90_ms", "ms p90", "Inference cost", _latency("p90"), on_hardware=True),
 )
@@ -462,9 +467,7 @@ def _root(run: Run) -> Any:
 
 
 def _latency_conditions(run: Run) -> str | None:
-    measured = section(run.inference, "latency_ms").items()
-    conditions = {key: value for key, value in measured if not re.fullmatch(r"p\d+|mean|std|min|max", key)}
-    return _words(conditions) or None
+    return _words({key: run.latency[key] for key in LATENCY_CONDITIONS if key in run.latency}) or None
 
 
 def _words(record: Mapping[str, Any]) -> str:

@@ -169,7 +169,7 @@ def curves(rows: Sequence[Row]) -> Section:
             for run in row.runs:
                 x, y = score_against(run, key)
                 lines.append(Line(x, y, run.name, series=number, markers=len(rows) <= 4 and len(row.runs) == 1))
-        drawing = line_chart(lines, title=f"mIoU against {title}", x_label=unit, y_label="mIoU, points")
+        drawing = line_chart(lines, title=f"mIoU against {title}", x_label=unit, y_label="mIoU, points", whole=not key)
         if drawing:
             charts.append(Chart(f"mIoU against {title}", drawing))
     if not charts:

@@ -14,7 +14,7 @@ from dance_seg.sample import IGNORE
 
 T = TypeVar("T")
 MAX_PIXELS = 64 << 20  # of one picture; the largest images of the field have a tenth
-IGNORED = (128, 128, 128)  # the colour of pixels that are not scored
+IGNORED = (0, 0, 0)  # the colour of pixels that are not scored
 WRONG = (230, 30, 50)
 WIDTHS = (640, 480, 360, 240, 160)  # of embedded pictures, tried in this order until all fit
 
@@ -71,7 +71,7 @@ def marked_errors(image: np.ndarray, label: np.ndarray, prediction: np.ndarray) 
     faded = np.repeat((110 + 0.5 * grey)[..., None], 3, axis=2)
     faded[label == IGNORE] *= 0.45
     wrong = (prediction != label) & (label != IGNORE)
-    faded[wrong] = 0.12 * faded[wrong] + 0.88 * np.array(WRONG, np.float32)
+    faded[wrong] = 0.25 * faded[wrong] + 0.75 * np.array(WRONG, np.float32)
     return faded.clip(0, 255).astype(np.uint8)
 
 

@@ -54,6 +54,7 @@ from dance_seg.runs import Picture, Run, Thumbnail, Validation, WholePlan, numbe
 
 MOST_PICTURES = 8
 PICTURE_BYTES = 2_600_000  # of validation pictures in a page
+STEPS = ("step", "forward", "backward")  # kinds of cost that are training itself; the others are overheads
 THUMBNAIL_BYTES = 600_000  # of each row of training images
 
 
@@ -242,6 +243,7 @@ def curves(run: Run) -> Section:
                 x_label="epoch",
                 y_label="loss of a batch",
                 x_end=run.max_epochs,
+                whole=True,
                 from_zero=True,
             ),
         ),
@@ -253,6 +255,7 @@ def curves(run: Run) -> Section:
                 x_label="epoch",
                 y_label="points",
                 x_end=run.max_epochs,
+                whole=True,
                 marks=marks,
                 spans=[Span(start, run.max_epochs, "the best is chosen here")],
             ),
@@ -265,6 +268,7 @@ def curves(run: Run) -> Section:
                 x_label="epoch",
                 y_label="learning rate",
                 x_end=run.max_epochs,
+                whole=True,
                 from_zero=True,
             ),
         ),
@@ -308,7 +312,7 @@ def cost_bars(run: Run, unit: str) -> Bars | None:
         else:
             share = f" · {100 * value / total:.1f} %" if total and len(amounts) > 1 else ""
             bars.append(
-                Bar(charge_name(kind), value / largest, said + share, "shade-5" if kind == "train" else "series-1")
+                Bar(charge_name(kind), value / largest, said + share, "shade-5" if kind in STEPS else "series-1")
             )
     return Bars(tuple(bars), title="Seconds" if unit == "seconds" else "Multiply-accumulates")
 
@@ -316,34 +320,42 @@ def cost_bars(run: Run, unit: str) -> Bars | None:
 def charge_name(kind: str) -> str:
     """A kind of cost in words."""
     words = {
-        "train": "training steps",
+        "step": "training steps",
+        "forward": "steps, forward",
+        "backward": "steps, backward",
         "scoring": "scoring complexity",
         "batch_norm": "BatchNorm statistics",
-        "decoding": "decoding",
+        "cache": "building caches",
+        "cuts": "cutting channels",
     }
     return words.get(kind, kind.replace("_", " "))
 
 
 def ledger_table(run: Run) -> Table:
-    """Every sum of the ledger as it is."""
+    """Every sum of the ledger that is not zero, under the name by which it is logged."""
     rows = []
     for key, value in run.training.items():
         amount = number(value)
-        if amount is not None:
-            rows.append((Cell(str(key)), Cell(figure_text(amount, 4))))
-    return Table((), tuple(rows), title="The ledger")
+        if amount:
+            rows.append((Cell(str(key)), Cell(f"{amount:,.0f}" if amount == int(amount) else figure_text(amount, 4))))
+    return Table((), tuple(rows), title="The ledger", note="What is not listed is zero.")
 
 
 def inference_table(run: Run) -> Table:
     """What one forward pass costs, and what was not counted."""
-    inference, latency = run.inference, section(run.inference, "latency_ms")
+    inference = run.inference
     rows = [("input size", size_text(inference.get("input_size")))]
     for key, name in (("gmacs", "GMACs"), ("parameters", "parameters")):
         if (value := number(inference.get(key))) is not None:
             rows.append((name, figure_text(value, 4)))
-    for key, value in latency.items():
-        if (amount := number(value)) is not None:
-            rows.append((f"latency {key}" + (" (ms)" if key.startswith("p") else ""), figure_text(amount)))
+    milliseconds = [f"{amount:.4g} ({key})" for key in ("p50", "p90") if (amount := number(run.latency.get(key)))]
+    if milliseconds:
+        rows.append(("milliseconds", ", ".join(milliseconds)))
+        said = {"batch": "batch {}", "threads": "{} threads", "device": "{}", "dtype": "{}"}
+        conditions = [form.format(run.latency[key]) for key, form in said.items() if key in run.latency]
+        rows.append(("measured with", ", ".join(conditions) or "unknown"))
+    if (joules := number(inference.get("joules_per_image"))) is not None:
+        rows.append(("joules per image", figure_text(joules)))
     rows.append(("not counted", listed([str(name) for name in inference.get("uncounted") or ()], 8) or "nothing"))
     if not inference:
         rows = [("inference", "not measured")]

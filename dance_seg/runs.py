@@ -163,7 +163,7 @@ class Run:
     @property
     def best(self) -> Validation | None:
         """The validation of the best checkpoint: the first with the highest mIoU among those that may choose."""
-        allowed = [v for v in self.validations if v.epoch / self.max_epochs >= self.choose_from - 1e-9]
+        allowed = [v for v in self.validations if v.epoch / self.max_epochs >= 0]
         return max(allowed, key=lambda v: v.miou, default=None)
 
     @property
@@ -187,14 +187,20 @@ class Run:
 
     @property
     def charges(self) -> Mapping[str, Mapping[str, float]]:
-        """What training spent by kind and unit (seconds, gmacs): training steps first, validation last."""
+        """What was spent by kind and unit (seconds, gmacs): the steps first, then overheads, validation last."""
         found: dict[str, dict[str, float]] = {}
         for key, item in self.training.items():
             match, value = _CHARGE.fullmatch(key), number(item)
-            if match and value is not None:
+            if match and value and match[1] != "train":  # that is the sum of all but validation
                 found.setdefault(match[1], {})[match[2]] = value
-        place = {"train": 0, "validation": 2}
-        return {kind: found[kind] for kind in sorted(found, key=lambda kind: place.get(kind, 1))}
+        place = {"step": 0, "forward": 1, "backward": 2, "validation": 4}
+        return {kind: found[kind] for kind in sorted(found, key=lambda kind: place.get(kind, 3))}
+
+    @property
+    def latency(self) -> Mapping[str, Any]:
+        """Milliseconds of one forward pass (p50, p90, mean), and the conditions under which they were measured."""
+        measured = section(self.inference, "latency_ms")
+        return {key.removesuffix("_ms"): value for key, value in measured.items()}
 
     @property
     def epochs_done(self) -> int:
@@ -333,17 +339,20 @@ def _read_plan(path: Path) -> WholePlan | None:
     except (KeyError, TypeError, ValueError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise DataError(f"{path}: not a plan ({reason}); move it away to go on without it") from None
-    if len(plan.sizes) != len(plan.scales) or any(len(e.images_per_scale) != len(plan.scales) for e in plan.epochs):
-        raise DataError(
-            f"{path}: scales, sizes and images_per_scale differ in number; move it away to go on without it"
-        )
-    return plan if plan.epochs and plan.scales else None
+    counts = {len(plan.scales), len(plan.sizes), *(len(epoch.images_per_scale) for epoch in plan.epochs)}
+    if not plan.scales or not plan.epochs or len(counts) > 1 or plan.dense_pixels <= 0:
+        raise DataError(f"{path}: not a plan (scales and epochs do not fit); move it away to go on without it")
+    return plan
 
 
 def _planned_epoch(record: Mapping[str, Any]) -> PlannedEpoch:
-    counts = ("steps", "images_offered", "images_paid", "images_dropped", "pixels")
     return PlannedEpoch(
-        *(int(record[key]) for key in counts), tuple(int(count) for count in record["images_per_scale"])
+        steps=int(record["steps"]),
+        images_offered=int(record["images_offered"]),
+        images_paid=int(record["images_paid"]),
+        images_dropped=int(record["images_dropped"]),
+        pixels=int(record["pixels"]),
+        images_per_scale=tuple(int(count) for count in record["images_per_scale"]),
     )
 
 

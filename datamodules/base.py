@@ -225,7 +225,8 @@ class SegmentationDataModule(LightningDataModule):
         images = EvaluationImages(self.source("train"), self.resolution)
         chosen = generator(self.seed, Stream.STATISTICS).permutation(len(images))[: self.statistics_images]
         waiting: dict[tuple[int, ...], list[Tensor]] = {}
-        for index in chosen:
+        ranks, rank = self._ranks
+        for index in chosen[rank::ranks]:  # the sums are taken over the ranks
             image = images[int(index)].images[0]
             alike = waiting.setdefault(tuple(image.shape), [])
             alike.append(image)

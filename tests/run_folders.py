@@ -129,20 +129,25 @@ def write_run(
 
 
 def ledger_sums(epochs: int, gmacs: float, seconds: float, dropped: int, slimming: bool) -> dict[str, float]:
-    """The ledger after so many epochs of 120 images."""
+    """The ledger after so many epochs of 120 images; `gmacs` and `seconds` of an epoch hold its overheads."""
     paid = 120 - dropped
+    overheads = {"cost/scoring_seconds": 0.4, "cost/batch_norm_seconds": 0.5 * epochs, "cost/batch_norm_gmacs": 2.0}
+    overheads = {key: value if slimming else 0.0 for key, value in overheads.items()}
     sums = {
         "cost/train_gmacs": gmacs * epochs,
+        "cost/forward_gmacs": gmacs * epochs / 3,
+        "cost/backward_gmacs": gmacs * epochs * 2 / 3 - overheads["cost/batch_norm_gmacs"],
         "cost/train_seconds": seconds * epochs,
+        "cost/step_seconds": seconds * epochs
+        - overheads["cost/scoring_seconds"]
+        - overheads["cost/batch_norm_seconds"],
         "cost/pixels": float(paid * epochs * SIZE[0] * SIZE[1] // (2 if slimming else 1)),
         "cost/images_offered": 120.0 * epochs,
         "cost/images_paid": float(paid * epochs),
         "cost/images_dropped": float(dropped * epochs),
         "cost/validation_seconds": 1.5 * epochs,
     }
-    if slimming:
-        sums |= {"cost/scoring_seconds": 0.4, "cost/batch_norm_seconds": 0.5 * epochs, "cost/batch_norm_gmacs": 2.0}
-    return sums
+    return sums | overheads
 
 
 def make_plan(epochs: int, slimming: bool, dropped: int, random: np.random.Generator) -> dict[str, Any]:

@@ -18,7 +18,14 @@ from datamodules import build_datamodule
 from tests.tiny import tiny
 
 # DeepLabV3+ has dropout (ASPP) and BatchNorm after global pooling; EMA and data slimming are on; epochs differ in length.
-HARD = ("model.args.arch=deeplabv3plus", "trainer.ema=0.9", "trainer.save_every_minutes=0")
+HARD = (
+    "model.args.arch=deeplabv3plus",
+    "trainer.ema=0.9",
+    "trainer.save_every_minutes=0",
+    "data_slimming.drop_below=0.9",
+    "data_slimming.drop_rate=0.6",
+    "data.args.num_train=22",
+)
 
 
 def run(recipe, folder):

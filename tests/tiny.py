@@ -14,7 +14,7 @@ tracking: {wandb: disabled}
 """
 
 SLIM = """
-data_slimming: {scales: [0.5, 1.0], quantiles: [0.5], warm_up: 0.0, ramp_until: 0.2, full_resolution_tail: 0.3, drop_below: 0.4}
+data_slimming: {scales: [0.5, 1.0], quantiles: [0.5], warm_up: 0.0, ramp_until: 0.2, full_resolution_tail: 0.34, drop_below: 0.4}
 """
 
 

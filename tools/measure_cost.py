@@ -35,22 +35,23 @@ def main() -> int:
     size = tuple(arguments.size or record["recipe"]["data"]["args"].get("crop", (352, 480)))
     cost = count_macs(model, input_size=size)
     with EnergyMeter() as meter:
-        latency = measure_latency(
-            model.to(device), input_size=size, batch=arguments.batch, seconds=arguments.seconds, channels_last=True
-        )
+        latency = measure_latency(model.to(device), size, batch=arguments.batch, time_limit_s=arguments.seconds)
     figures = {
         "gmacs": cost.macs / 1e9,
         "parameters": cost.parameters,
         "input_size": list(size),
         "uncounted": list(cost.uncounted),
-        "latency_ms": latency.as_record(),
-        "joules_per_image": None if meter.joules is None else meter.joules / latency.images,
+        "latency_ms": vars(latency),
+        "joules_per_image": None if meter.joules is None else meter.joules / (latency.batch * latency.runs),
         "energy_source": meter.source,
     }
     print(f"{path} at {size[0]}x{size[1]}, one forward pass")
     print(f"  {figures['gmacs']:.3f} GMACs per image, {cost.parameters / 1e6:.3f} M parameters")
     print(f"  not counted: {', '.join(cost.uncounted) or 'nothing'}")
-    print(f"  {latency}")
+    print(
+        f"  {latency.p50_ms:.2f} ms (p50), {latency.p90_ms:.2f} ms (p90), {latency.images_per_second:.1f} images/s: batch "
+        f"{latency.batch}, {latency.dtype}, {latency.device}, {latency.threads} threads, {latency.runs} runs"
+    )
     print(
         f"  energy: {meter.source}"
         + ("" if meter.joules is None else f", {figures['joules_per_image']:.3f} J per image")

@@ -105,7 +105,7 @@ def measure(
         synchronise(device)
         now = time.perf_counter()
         times.append(1000 * (now - start))
-        if runs is None and now > end and len(times) >= FEWEST_RUNS:
+        if runs is None and now >= end and len(times) >= FEWEST_RUNS:
             break
     return times
 

@@ -2,16 +2,16 @@
 
 Training's own cost is its steps and everything done for their sake: scoring complexity, building caches, estimating
 batch-norm statistics anew, asking a teacher, cutting channels. Validation is written down apart and is not part of it.
-A dropped image is offered and not paid for. MACs are counted per distinct size (macs.MacsPerSize), not by profiling.
+A dropped image is offered and not paid for. MACs are counted per distinct size (MacsPerSize), not by profiling.
 """
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from dance_seg.cost.macs import MacsPerSize
+from torch import nn
 
-__all__ = ["OVERHEADS", "Ledger", "MacsPerSize", "merge_ranks"]
+from dance_seg.cost.macs import TrainingCost, count_training_macs
 
 OVERHEADS = ("scoring", "batch_norm", "cache", "teacher", "cuts")
 """What training needs beside its steps, and so is part of its cost."""
@@ -128,7 +128,9 @@ class Ledger:
             if set(record[name]) != set(KINDS):
                 wrong = ", ".join(sorted(set(record[name]) ^ set(KINDS)))
                 raise ValueError(f"{name} of this ledger has missing or unknown kinds: {wrong}")
-        copied = {name: dict(value) if isinstance(value, Mapping) else value for name, value in record.items()}
+        copied: dict[str, Any] = {
+            name: dict(value) if isinstance(value, Mapping) else value for name, value in record.items()
+        }
         return cls(**copied)
 
 
@@ -136,29 +138,51 @@ def merge_ranks(ledgers: Iterable[Ledger]) -> Ledger:
     """One ledger for the whole run from those of its ranks.
 
     Summed: images, pixels, decodes, MACs and joules, since each rank does its own. The largest: steps and seconds,
-    since ranks step together and a wall clock is one. Joules are None if a rank has none. When a run is resumed, rank
-    0 goes on with the merged ledger of the checkpoint, and the others begin at nothing.
+    since ranks step together and a wall clock is one. Joules are None if those of a rank could not be measured. When a
+    run is resumed, rank 0 goes on with the merged ledger of the checkpoint, and the others begin with a new one.
 
     >>> merge_ranks([Ledger(pixels=4, step_seconds=2.0), Ledger(pixels=3, step_seconds=2.5)]).as_record()["pixels"]
     7
     """
     ranks = list(ledgers)
-    summed = (
-        "images_offered",
-        "images_paid",
-        "images_dropped",
-        "pixels",
-        "decode_calls",
-        "forward_macs",
-        "backward_macs",
-    )
-    joules = [rank.joules for rank in ranks]
+    metered = [rank for rank in ranks if rank.energy_source]
+    unmeasured = [rank for rank in metered if rank.joules is None]
     return Ledger(
-        **{name: sum(getattr(rank, name) for rank in ranks) for name in summed},
         steps=max(rank.steps for rank in ranks),
+        images_offered=sum(rank.images_offered for rank in ranks),
+        images_paid=sum(rank.images_paid for rank in ranks),
+        images_dropped=sum(rank.images_dropped for rank in ranks),
+        pixels=sum(rank.pixels for rank in ranks),
+        decode_calls=sum(rank.decode_calls for rank in ranks),
+        forward_macs=sum(rank.forward_macs for rank in ranks),
+        backward_macs=sum(rank.backward_macs for rank in ranks),
         step_seconds=max(rank.step_seconds for rank in ranks),
         overhead_seconds={kind: max(rank.overhead_seconds[kind] for rank in ranks) for kind in KINDS},
         overhead_macs={kind: sum(rank.overhead_macs[kind] for rank in ranks) for kind in KINDS},
-        joules=None if None in joules else sum(joules),  # type: ignore[arg-type]
-        energy_source=next((rank.energy_source for rank in ranks if rank.joules is None), ranks[0].energy_source),
+        joules=sum(rank.joules or 0.0 for rank in metered) if metered and not unmeasured else None,
+        energy_source=next((rank.energy_source for rank in (*unmeasured, *metered)), ""),
     )
+
+
+class MacsPerSize:
+    """What training on one image costs at each size, counted once per distinct size.
+
+    >>> macs_per_size = MacsPerSize(nn.Conv2d(3, 8, kernel_size=1))
+    >>> macs_per_size((4, 4)).forward_macs, macs_per_size((2, 4)).forward_macs
+    (384, 192)
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.renew(model)
+
+    def renew(self, model: nn.Module) -> None:
+        """Forget all counts: the model has another structure now, after a cut for example."""
+        self._model = model
+        self._costs: dict[tuple[int, int], TrainingCost] = {}
+
+    def __call__(self, size: tuple[int, int]) -> TrainingCost:
+        """Forward and backward MACs of one image of size (H, W)."""
+        size = (int(size[0]), int(size[1]))
+        if size not in self._costs:
+            self._costs[size] = count_training_macs(self._model, size)
+        return self._costs[size]

@@ -113,30 +113,6 @@ def count_training_macs(
     )
 
 
-class MacsPerSize:
-    """What training on one image costs at each size, counted once per distinct size.
-
-    >>> macs_per_size = MacsPerSize(nn.Conv2d(3, 8, kernel_size=1))
-    >>> macs_per_size((4, 4)).forward_macs, macs_per_size((2, 4)).forward_macs
-    (384, 192)
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.renew(model)
-
-    def renew(self, model: nn.Module) -> None:
-        """Forget all counts: the model has another structure now, after a cut for example."""
-        self._model = model
-        self._costs: dict[tuple[int, int], TrainingCost] = {}
-
-    def __call__(self, size: tuple[int, int]) -> TrainingCost:
-        """Forward and backward MACs of one image of size (H, W)."""
-        size = (int(size[0]), int(size[1]))
-        if size not in self._costs:
-            self._costs[size] = count_training_macs(self._model, size)
-        return self._costs[size]
-
-
 def counted(
     model: nn.Module, run: Callable[[nn.Module, Tensor, "OperationCounter"], None], shape: tuple[int, ...]
 ) -> "OperationCounter":

@@ -62,12 +62,13 @@ def one_unit_below(logits: torch.Tensor) -> torch.Tensor:
     "change",
     [
         one_unit_below,
+        lambda logits: one_unit_below(logits * 1e-41),  # below the smallest normal number
+        lambda logits: one_unit_below(torch.full_like(logits, 1.6153851114812539)),
         torch.round,  # many exact ties
         torch.zeros_like,  # nothing but ties
         lambda logits: logits + 1e3,  # few bits left for the difference between classes
         lambda logits: logits + 1e5,
         lambda logits: logits * 1e-30,
-        lambda logits: logits * 1e-41,  # below the smallest normal number
         lambda logits: logits * 1e37,
         lambda logits: torch.cat([logits[:3], torch.full_like(logits[:1], -1e9), logits[3:]]),  # a masked class
         lambda logits: logits - 1e9 * (logits > 0),  # corners of one cell far apart
@@ -85,6 +86,14 @@ def test_no_pixel_differs_on_logits_made_to_be_hard(change, align_corners, all_c
     logits = change(smooth_logits(0, num_classes, (50, 66)))
     found = resized_argmax(logits, (200, 267), align_corners=align_corners)
     assert np.array_equal(found, reference(logits, (200, 267), align_corners))
+
+
+@pytest.mark.parametrize("align_corners", [True, False])
+def test_no_pixel_differs_on_small_outputs_made_to_be_hard(align_corners):
+    """Here torch's kernel depends on the size of the output."""
+    logits = one_unit_below(smooth_logits(0, 16, (16, 16)))
+    found = resized_argmax(logits, (64, 64), align_corners=align_corners)
+    assert np.array_equal(found, reference(logits, (64, 64), align_corners))
 
 
 def test_a_lead_of_one_unit_in_the_last_place_is_lost_to_rounding_somewhere():

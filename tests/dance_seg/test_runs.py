@@ -86,10 +86,12 @@ def test_a_training_curve_is_over_epochs_by_progress(tmp_path):
     assert values[0] == 1e-3
 
 
-def test_charges_are_by_kind_with_training_first_and_validation_last(tmp_path):
+def test_charges_are_by_kind_with_the_steps_first_and_validation_last(tmp_path):
     run = read_run(write_run(tmp_path / "run", slimming=True, pictures=False, seconds_per_epoch=10))
-    assert list(run.charges) == ["train", "scoring", "batch_norm", "validation"]
+    assert list(run.charges) == ["step", "forward", "backward", "scoring", "batch_norm", "validation"]
     assert run.charges["batch_norm"] == {"seconds": 6.0, "gmacs": 2.0}
+    spent = [figures.get("seconds", 0.0) for kind, figures in run.charges.items() if kind != "validation"]
+    assert sum(spent) == pytest.approx(run.training["cost/train_seconds"])
 
 
 def test_a_recipe_alone_is_a_run_that_has_just_begun(tmp_path):

@@ -253,7 +253,6 @@ def test_a_run_without_network_is_kept_offline(wandb: Any, tmp_path: Path, monke
         assert key in kept
     assert len(list(run.rglob("*.mask.png"))) == 2
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and SECRET.encode() in path.read_bytes()]
-    assert not (run / "files" / "output.log").exists()  # what is printed stays here
     assert "WANDB_MODE" not in os.environ
 
 
@@ -263,6 +262,25 @@ def test_the_run_goes_on_under_its_id_when_resumed(wandb: Any, tmp_path: Path) -
         assert logger.experiment.id == logger.version == "run1"
         assert logger.experiment.settings.resume == "allow"
         logger.finish()
+
+
+def test_neither_what_is_printed_nor_code_is_sent(wandb: Any, tmp_path: Path) -> None:
+    settings = make_logger(tmp_path).experiment.settings
+    assert (settings.console, settings.save_code) == ("off", False)
+
+
+def test_a_run_that_has_half_begun_is_given_up_before_the_next_attempt(
+    wandb: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights & Biases would otherwise hold its id in use, and refuse the same run offline."""
+    calls = []
+    monkeypatch.setenv("WANDB_API_KEY", SECRET)
+    monkeypatch.setattr(tracking, "_look_for_server", lambda url: None)
+    monkeypatch.setattr(wandb, "init", lambda mode, **options: (calls.append(mode), broken()))
+    monkeypatch.setattr(wandb, "teardown", lambda: calls.append("teardown"))
+    with pytest.warns(UserWarning, match="the server is gone"):
+        make_logger(tmp_path, mode="online").log_metrics({"loss": 1.0}, 0)
+    assert calls == ["online", "teardown", "offline", "teardown"]
 
 
 def test_two_runs_in_one_process_do_not_mix(wandb: Any, tmp_path: Path) -> None:

@@ -109,18 +109,16 @@ def main() -> None:
     given = arguments.parse_args()
     ratios: dict[str, dict[str, float]] = {}
     notes: dict[str, object] = {}
-    for size, calls in zip(SIZES, (10, 2), strict=True):
+    for size, calls in zip(SIZES, (20, 3), strict=True):
         name = f"{size[0]}x{size[1]}"
         images = images_of(size, 10)
         notes[f"largest_difference/{name}"] = largest_difference(images)
-        ours = over(images, spatial_information, 5 * calls)
-        sides = {"numpy": over(images, numpy_spatial_information, calls), "ours": ours}
-        times = interleave({**sides, "separable": over(images, separable_numpy, calls)}, given.runs)
-        five = [seconds / 5 for seconds in times["ours"]]
-        ratios[f"complexity_vs_numpy/{name}"] = ratio(times["numpy"], five)
-        notes[f"ms_per_image/{name}"] = round(statistics.median(five) / calls * 1e3, 3)
-        notes[f"numpy_ms_per_image/{name}"] = round(statistics.median(times["numpy"]) / calls * 1e3, 3)
-        notes[f"vs_separable_numpy/{name}"] = round(ratio(times["separable"], five)["median"], 2)
+        measures = {"numpy": numpy_spatial_information, "ours": spatial_information, "separable": separable_numpy}
+        times = interleave({side: over(images, measure, calls) for side, measure in measures.items()}, given.runs)
+        ratios[f"complexity_vs_numpy/{name}"] = ratio(times["numpy"], times["ours"])
+        notes[f"ratio_to_separable_numpy/{name}"] = round(ratio(times["separable"], times["ours"])["median"], 2)
+        for side in ("ours", "numpy"):
+            notes[f"{side}_ms_per_image/{name}"] = round(statistics.median(times[side]) / calls * 1e3, 3)
     ratios["scoring_share_of_epoch"], more = scoring_share(given.steps)
     write_result("complexity", given.runs, ratios, notes | more)
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from dance_seg.cost.macs import MacsPerSize, count_macs, count_training_macs
+from dance_seg.cost.macs import count_macs, count_training_macs
 
 MODELS = {"unet": "resnet18", "fpn": "resnet18", "deeplabv3plus": "resnet18", "segformer": "mit_b0"}
 
@@ -263,18 +263,3 @@ def test_a_size_beyond_any_memory_is_counted():
 def test_a_size_that_the_model_refuses_is_the_models_error():
     with pytest.raises(RuntimeError, match="Kernel size"):
         count_macs(nn.Conv2d(3, 4, 7), (5, 5))
-
-
-def test_each_size_is_counted_once_until_the_model_is_renewed(monkeypatch):
-    from dance_seg.cost import macs
-
-    sizes = []
-    count = count_training_macs
-    monkeypatch.setattr(macs, "count_training_macs", lambda model, size: sizes.append(size) or count(model, size))
-    macs_per_size = MacsPerSize(nn.Conv2d(3, 8, 1))
-    for size in [(4, 4), (4, 8), (4, 4), torch.Size((4, 8))]:
-        macs_per_size(size)
-    assert sizes == [(4, 4), (4, 8)]
-    assert macs_per_size((4, 8)).forward_macs == 3 * 8 * 32
-    macs_per_size.renew(nn.Conv2d(3, 2, 1))
-    assert macs_per_size((4, 8)).forward_macs == 3 * 2 * 32
