@@ -24,7 +24,7 @@ from dance_seg.module import SegmentationModule, predict_labels
 from dance_seg.normalise import normalise
 from dance_seg.part import Part, build_part
 from dance_seg.recipe import Recipe, recipe_differences, recipe_from_record, recipe_record, save_recipe
-from dance_seg.tracking import JsonlLogger, guarded_wandb_logger
+from dance_seg.tracking import GuardedWandbLogger, JsonlLogger, guarded_wandb_logger
 
 if TYPE_CHECKING:
     from datamodules.base import SegmentationDataModule
@@ -158,7 +158,7 @@ def train(recipe: Recipe, datamodule: "SegmentationDataModule", folder: Path) ->
 
     Raises ValueError when the folder holds a run of another recipe.
     """
-    main = int(os.environ.get("LOCAL_RANK", 0)) == 0 and int(os.environ.get("NODE_RANK", 0)) == 0
+    main = is_main()
     if main:
         _open_folder(recipe, folder)
     torch.set_num_threads(recipe.trainer.threads or os.cpu_count() or 1)
@@ -187,7 +187,12 @@ def train(recipe: Recipe, datamodule: "SegmentationDataModule", folder: Path) ->
         if main:
             JsonlLogger(folder).mark_resumed(checkpoint["global_step"])
         del checkpoint
-    trainer.fit(module, datamodule=datamodule, ckpt_path=found[0] if found else None, weights_only=True)
+    try:
+        trainer.fit(module, datamodule=datamodule, ckpt_path=found[0] if found else None, weights_only=True)
+    finally:
+        for logger in trainer.loggers:
+            if isinstance(logger, GuardedWandbLogger):
+                logger.finish()
     if trainer.is_global_zero and trainer.current_epoch >= recipe.trainer.max_epochs:
         _note(folder, finished=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
     return folder
@@ -226,6 +231,12 @@ def _thumbnails(folder: Path, datamodule: "SegmentationDataModule", chosen: dict
             picture = Image.fromarray(np.asarray(source.load(int(index)).image))
             picture.thumbnail((320, 320))
             picture.save(folder / f"complexity_{kind}_{number}_{Path(source.names[index]).name}.png")
+
+
+def is_main() -> bool:
+    """Whether this process is the one that writes: rank 0, as the launchers of Lightning, torchrun and SLURM tell."""
+    names = ("RANK", "SLURM_PROCID") if "LOCAL_RANK" not in os.environ else ("RANK", "LOCAL_RANK", "NODE_RANK")
+    return all(int(os.environ.get(name, 0)) == 0 for name in names)
 
 
 def load_model(path: Path, *, averaged: bool = True) -> tuple[nn.Module, dict[str, Any]]:

@@ -80,7 +80,7 @@ def cards(comparison: Comparison, row: Row) -> tuple[Card, ...]:
         note = f"{written(column, was)} → {written(column, now)}"
         if column.is_score:
             found.append(Card(names[column.key], f"{difference:+.2f}".replace("-", "−"), "points", note))
-        elif ratio is not None:
+        elif ratio is not None and column.key != "cost/images_dropped":
             found.append(Card(names[column.key], change_text(ratio), "", note))
         else:
             found.append(Card(names[column.key], written(column, now), "", f"the baseline {written(column, was)}"))

@@ -78,7 +78,7 @@ def resized_argmax(logits_CHW: Tensor, size: tuple[int, int], *, align_corners: 
         return resized.argmax(0).to(torch.uint8).cpu().numpy()
     if tuple(logits.shape[1:]) == tuple(size):
         return argmax(logits.numpy())
-    if len(logits) == OTHER_KERNEL_CLASSES:
+    if sum(size) < SMALLEST_OUTPUT or len(logits) == OTHER_KERNEL_CLASSES:
         return argmax(F.interpolate(logits[None], size=size, mode="bilinear", align_corners=align_corners)[0].numpy())
     labels = argmax_by_cells(logits.numpy(), size, align_corners)
     return argmax_of_every_pixel(logits, size, align_corners) if labels is None else labels

@@ -163,7 +163,7 @@ class Run:
     @property
     def best(self) -> Validation | None:
         """The validation of the best checkpoint: the first with the highest mIoU among those that may choose."""
-        allowed = [v for v in self.validations if v.epoch / self.max_epochs >= 0]
+        allowed = [v for v in self.validations if v.epoch / self.max_epochs >= self.choose_from - 1e-9]
         return max(allowed, key=lambda v: v.miou, default=None)
 
     @property

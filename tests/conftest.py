@@ -18,6 +18,11 @@ from dance_seg.sample import IGNORE, Batch  # noqa: E402
 NUM_CLASSES = 3
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`make goldens` writes the golden figures instead of comparing with them."""
+    parser.addoption("--rewrite-goldens", action="store_true", help="write tests/goldens anew")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what this machine cannot run, saying why."""
     has_accelerator = torch.accelerator.is_available()

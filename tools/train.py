@@ -14,11 +14,14 @@ def main() -> int:
     from dance_seg.recipe import load_recipe
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
-    from dance_seg.build import train
+    from dance_seg.build import is_main, train
     from datamodules import build_datamodule
 
     folder = train(recipe, build_datamodule(recipe), arguments.runs / recipe.name)
-    print(f"{folder}: recipe.yaml, metrics.jsonl, cost.json, checkpoints/")
+    if is_main():
+        from dance_seg.report import write_report
+
+        print(f"{write_report(folder)} shows the run; {folder} also holds metrics.jsonl, cost.json and checkpoints/")
     return 0
 
 
