@@ -175,6 +175,7 @@ def train(recipe: Recipe, datamodule: "SegmentationDataModule", folder: Path) ->
     datamodule.prepare_data()
     if main:
         write_plan(folder, datamodule)
+        _note(folder, classes=list(datamodule.classes))
     trainer = build_trainer(recipe, datamodule, folder, _run_id(folder))
     found = newest_valid(folder / "checkpoints", "step-*.ckpt")
     if found is not None:

@@ -275,12 +275,15 @@ class Pictures(Callback):
         from PIL import Image
 
         self.folder.mkdir(parents=True, exist_ok=True)
+        # All 256 colours: with fewer Pillow writes 4 bits a pixel, and an ignored 255 becomes 15.
+        palette = np.zeros((256, 3), np.uint8)
+        palette[: len(self.palette)] = self.palette
         for number, (name, image, label, prediction) in enumerate(self._kept):
             stem = f"{number}_{Path(name).name}"
             Image.fromarray(image).save(self.folder / f"{stem}_image.png")
             for kind, indices in (("label", label), ("prediction", prediction)):
                 picture = Image.fromarray(indices.astype(np.uint8), mode="P")
-                picture.putpalette([channel for color in self.palette for channel in color])
+                picture.putpalette(palette.tobytes())
                 picture.save(self.folder / f"{stem}_{kind}.png")
         if self.tracker is not None:
             _, images, labels, predictions = zip(*self._kept, strict=True)

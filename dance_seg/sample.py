@@ -4,10 +4,12 @@ N images in a batch, C channels or classes, H rows, W columns. Labels hold class
 the data set does not say what is there.
 """
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor  # a record need not wait for torch to load
 
 IGNORE = 255
 """The label of a pixel that counts neither in the loss nor in a score."""
@@ -37,9 +39,9 @@ class Batch(NamedTuple):
     Leaves the loader as uint8 images and labels (a quarter of the bytes to move) and is normalised on the device.
     """
 
-    images: Tensor  # (N, 3, H, W): uint8 from the loader, float32 normalised on the device
-    labels: Tensor  # (N, H, W): uint8 from the loader, int64 on the device; class index or IGNORE
-    weights: Tensor  # (N,) float32
+    images: "Tensor"  # (N, 3, H, W): uint8 from the loader, float32 normalised on the device
+    labels: "Tensor"  # (N, H, W): uint8 from the loader, int64 on the device; class index or IGNORE
+    weights: "Tensor"  # (N,) float32
     names: tuple[str, ...]
     progress: float = 0.0  # where in training this batch stands, in [0, 1]
     decodes: int = 0  # image files decoded for this batch; 0 where the decoded cache served it

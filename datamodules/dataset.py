@@ -38,7 +38,8 @@ class DatasetSource:
             image = image.transpose(1, 2, 0)
         if image.ndim != 3 or image.shape[2] != 3 or label.shape != image.shape[:2]:
             raise DataError(
-                f"{self.names[index]}: image {image.shape} and label {label.shape}; give (3, H, W) or (H, W, 3) and (H, W)"
+                f"{self.names[index]}: image {image.shape} and label {label.shape}; give (3, H, W) or (H, W, 3), "
+                "and (H, W)"
             )
         if image.dtype != np.uint8:
             if not 0 <= float(image.min()) <= float(image.max()) <= 1:

@@ -12,7 +12,7 @@ RANKS = {
     "sample": 0, "part": 0, "randomness": 0, "errors": 0, "distributed": 0, "normalise": 0,
     "data_slimming": 1, "losses": 1, "batch_norm": 1, "metrics": 1, "evaluator": 1, "cost": 1, "options": 1,
     "models": 2,
-    "checkpoint": 3, "tracking": 3, "module": 3, "callbacks": 3, "runs": 3,
+    "checkpoint": 3, "tracking": 3, "metrics_file": 1, "module": 3, "callbacks": 3,
     "recipe": 4, "report": 4,
     "build": 5,
 }  # fmt: skip

@@ -17,7 +17,7 @@ from dance_seg.recipe import save_recipe
 from datamodules import build_datamodule
 from tests.tiny import tiny
 
-# DeepLabV3+ has dropout (ASPP) and BatchNorm after global pooling; EMA and data slimming are on; epochs differ in length.
+# DeepLabV3+ has dropout (ASPP) and BatchNorm after global pooling; EMA and data slimming are on; epochs differ.
 HARD = (
     "model.args.arch=deeplabv3plus",
     "trainer.ema=0.9",

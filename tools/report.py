@@ -12,7 +12,7 @@ def main() -> int:
         "runs", metavar="RUN", nargs="+", type=Path, help="run folders, such as runs/shapes_dense"
     )
     arguments = arguments_parser.parse_args()
-    from dance_seg.report import write_report
+    from dance_seg.report.run_page import write_report
 
     for folder in arguments.runs:
         print(write_report(folder))

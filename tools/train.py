@@ -19,7 +19,7 @@ def main() -> int:
 
     folder = train(recipe, build_datamodule(recipe), arguments.runs / recipe.name)
     if is_main():
-        from dance_seg.report import write_report
+        from dance_seg.report.run_page import write_report
 
         print(f"{write_report(folder)} shows the run; {folder} also holds metrics.jsonl, cost.json and checkpoints/")
     return 0

@@ -67,7 +67,7 @@ class Ledger:
         self.images_dropped += images
 
     def add(self, kind: str, *, seconds: float, macs: int = 0, decodes: int = 0) -> None:
-        """Work beside the steps. Raises ValueError for a kind that is not in KINDS."""
+        """Work beside the steps; validation's decodes are not counted. Raises ValueError for a kind not in KINDS."""
         if kind not in KINDS:
             raise ValueError(f"{kind!r} is no kind of overhead; choose one of {', '.join(KINDS)}")
         self.overhead_seconds[kind] += seconds

@@ -57,7 +57,12 @@ def machine() -> dict[str, Any]:
     if os.path.exists("/proc/cpuinfo"):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
-    return {"processor": name, "cores": os.cpu_count(), "system": platform.system(), "python": platform.python_version()}
+    return {
+        "processor": name,
+        "cores": os.cpu_count(),
+        "system": platform.system(),
+        "python": platform.python_version(),
+    }
 
 
 def versions() -> dict[str, str]:
@@ -101,7 +106,9 @@ def write_result(
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=2) + "\n")
     width = max((len(key) for key in ratios), default=4)
-    print(f"{name}: {runs} runs, load average {load:.2f}" + (" (noisy: more load than cores)" if result["noisy"] else ""))
+    print(
+        f"{name}: {runs} runs, load average {load:.2f}" + (" (noisy: more load than cores)" if result["noisy"] else "")
+    )
     print(f"  {'':{width}}  {'median':>10} {'min':>10} {'max':>10}")
     for key, value in ratios.items():
         print(f"  {key:{width}}  {value['median']:10.4g} {value['min']:10.4g} {value['max']:10.4g}")

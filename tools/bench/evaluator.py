@@ -123,7 +123,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=7, help="rounds of measurement (default 7)")
     parser.add_argument("--images", type=int, default=3, help="scenes measured in each round (default 3)")
-    parser.add_argument("--steps", type=int, default=300, help="steps of training the network (default 300)")
+    parser.add_argument("--steps", type=int, default=150, help="steps of training the network (default 150)")
     options = parser.parse_args()
 
     torch.manual_seed(0)

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dance_seg.charts import Layer, Line, Mark, Span, histogram, line_chart, shades, stacked_chart
 from dance_seg.data_slimming.plan import DataSlimming
 from dance_seg.errors import DataError
-from dance_seg.page import (
+from dance_seg.report.charts import Layer, Line, Mark, Span, histogram, line_chart, shades, stacked_chart
+from dance_seg.report.page import (
     Bar,
     Bars,
     Card,
@@ -38,7 +38,7 @@ from dance_seg.page import (
     seconds_text,
     write_text,
 )
-from dance_seg.pictures import (
+from dance_seg.report.pictures import (
     IGNORED,
     WRONG,
     Indices,
@@ -50,7 +50,7 @@ from dance_seg.pictures import (
     read_image,
     read_indices,
 )
-from dance_seg.runs import Picture, Run, Thumbnail, Validation, WholePlan, number, read_run, section
+from dance_seg.report.runs import Picture, Run, Thumbnail, Validation, WholePlan, number, read_run, section
 
 MOST_PICTURES = 8
 PICTURE_BYTES = 2_600_000  # of validation pictures in a page

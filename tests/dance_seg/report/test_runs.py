@@ -8,7 +8,7 @@ import pytest
 
 from dance_seg.errors import DataError
 from dance_seg.metrics_file import MetricsFile
-from dance_seg.runs import flat, read_run
+from dance_seg.report.runs import flat, read_run
 from tests.run_folders import CLASSES, write_run
 
 

@@ -15,8 +15,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from dance_seg.page import count_text, figure_text, listed
-from dance_seg.runs import Run, flat, number, read_run, section
+from dance_seg.report.page import count_text, figure_text, listed
+from dance_seg.report.runs import Run, flat, number, read_run, section
 
 # Keys that change where a run is kept and how it is watched, not what it computes.
 FREE_KEYS = ("name", "tracking.", "data.args.root", "data.args.workers", "data.args.cache_", "trainer.log_every",

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from dance_seg.comparison import Comparison, Row, compare_runs, row_name
-from dance_seg.comparison_page import comparison_page
 from dance_seg.metrics_file import MetricsFile
-from dance_seg.page import Chart, Panels, render
-from dance_seg.runs import read_run
+from dance_seg.report.comparison import Comparison, Row, compare_runs, row_name
+from dance_seg.report.comparison_page import comparison_page
+from dance_seg.report.page import Chart, Panels, render
+from dance_seg.report.runs import read_run
 from tests.run_folders import write_run
 
 
@@ -294,7 +294,7 @@ def test_images_of_another_data_set_with_the_same_names_are_not_set_side_by_side
 
 
 def test_scores_are_drawn_against_epochs_and_against_what_had_been_spent(tmp_path):
-    from dance_seg.comparison_page import score_against
+    from dance_seg.report.comparison_page import score_against
 
     folder = write_run(tmp_path / "run", epochs=3, seconds_per_epoch=5, miou=60)
     run = read_run(folder)
@@ -304,7 +304,7 @@ def test_scores_are_drawn_against_epochs_and_against_what_had_been_spent(tmp_pat
 
 
 def test_a_validation_whose_cost_is_not_known_is_not_drawn_against_cost(tmp_path):
-    from dance_seg.comparison_page import score_against
+    from dance_seg.report.comparison_page import score_against
 
     folder = write_run(tmp_path / "run", epochs=3, epochs_done=2)
     metrics = MetricsFile(folder / "metrics.jsonl")

@@ -5,7 +5,7 @@ import xml.etree.ElementTree as xml
 import numpy as np
 import pytest
 
-from dance_seg.charts import (
+from dance_seg.report.charts import (
     BASE,
     LEFT,
     RIGHT,

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dance_seg.charts import Line, Mark, line_chart, scatter, series_class
-from dance_seg.comparison import Column, Comparison, Row
-from dance_seg.page import (
+from dance_seg.report.charts import Line, Mark, line_chart, scatter, series_class
+from dance_seg.report.comparison import Column, Comparison, Row
+from dance_seg.report.page import (
     Bar,
     Bars,
     Block,
@@ -24,9 +24,9 @@ from dance_seg.page import (
     change_text,
     seconds_text,
 )
-from dance_seg.pictures import embedded_image, embedded_indices, fitted, marked_errors, points_right
-from dance_seg.report import PICTURE_BYTES, Shown, class_keys, panels_bytes, plan_chart, read_pictures
-from dance_seg.runs import Run
+from dance_seg.report.pictures import embedded_image, embedded_indices, fitted, marked_errors, points_right
+from dance_seg.report.run_page import PICTURE_BYTES, Shown, class_keys, panels_bytes, plan_chart, read_pictures
+from dance_seg.report.runs import Run
 
 MOST_PICTURES = 3
 MOST_READ = 12  # pictures of a run, to find those that all runs have

@@ -1,6 +1,6 @@
 """One self-contained HTML page out of plain records: cards, charts, bars, tables, pictures.
 
-The records hold values and texts; report.html.jinja decides how they look and escapes them. The page loads nothing and
+The records hold values and texts; page.html.jinja decides how they look and escapes them. The page loads nothing and
 runs nothing: its content security policy forbids both.
 """
 
@@ -12,7 +12,7 @@ from typing import ClassVar
 
 from markupsafe import Markup
 
-TEMPLATE = "report.html.jinja"
+TEMPLATE = "page.html.jinja"
 
 
 @dataclass(frozen=True)

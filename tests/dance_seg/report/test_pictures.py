@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from dance_seg.errors import DataError
-from dance_seg.pictures import (
+from dance_seg.report.pictures import (
     IGNORED,
     WRONG,
     Indices,

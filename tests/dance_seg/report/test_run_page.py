@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 
 from dance_seg.errors import DataError
-from dance_seg.page import Bars, Panels, render
-from dance_seg.report import costs, plan, predictions, report, write_report
-from dance_seg.runs import read_run
+from dance_seg.report.page import Bars, Panels, render
+from dance_seg.report.run_page import costs, plan, predictions, report, write_report
+from dance_seg.report.runs import read_run
 from tests.run_folders import SIZE, write_run
 
 

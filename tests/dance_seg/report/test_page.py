@@ -5,8 +5,8 @@ from html.parser import HTMLParser
 
 import pytest
 
-from dance_seg.charts import Line, line_chart
-from dance_seg.page import (
+from dance_seg.report.charts import Line, line_chart
+from dance_seg.report.page import (
     Bar,
     Bars,
     Card,
