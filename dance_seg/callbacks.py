@@ -100,12 +100,12 @@ class CostLedger(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """Charge a step: MACs at its size, and the seconds since the last one, waiting for data included."""
         assert self._macs is not None
-        images, size = len(batch.weights), tuple(batch.images.shape[-2:])
-        cost = self._macs(size)
+        images, (height, width) = len(batch.weights), batch.images.shape[-2:]
+        cost = self._macs((height, width))
         now = time.perf_counter()
         self.ledger.add_step(
             images=images,
-            pixels=images * size[0] * size[1],
+            pixels=images * height * width,
             macs_forward=images * cost.forward_macs,
             macs_backward=images * cost.backward_macs,
             seconds=now - self._mark,
@@ -177,7 +177,7 @@ class ReestimatedStatistics(Callback):
         def counted() -> Iterable[Tensor]:
             nonlocal macs
             for images in self.images():
-                macs += len(images) * self.ledger.forward_macs(tuple(images.shape[-2:]))
+                macs += len(images) * self.ledger.forward_macs((images.shape[-2], images.shape[-1]))
                 yield images.to(pl_module.device)
 
         reestimate_batch_norm(pl_module.evaluated_model, counted())

@@ -1,0 +1,1 @@
+"""The verbs: python -m tools.VERB, or dance-seg VERB."""

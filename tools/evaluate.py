@@ -37,9 +37,8 @@ def main() -> int:
     width = max(len(name) for name in datamodule.classes)
     for name, iou in zip(datamodule.classes, scores.iou, strict=True):
         print(f"  {name:{width}}  {'  -  ' if iou is None else f'{iou:5.1f}'}")
-    print(
-        f"mIoU {scores.miou:.2f}   pixel accuracy {scores.pixel_accuracy:.2f}   class accuracy {scores.class_accuracy:.2f}"
-    )
+    accuracies = f"pixel accuracy {scores.pixel_accuracy:.2f}   class accuracy {scores.class_accuracy:.2f}"
+    print(f"mIoU {scores.miou:.2f}   {accuracies}")
     write_json(
         arguments.json,
         {

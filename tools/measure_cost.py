@@ -49,8 +49,8 @@ def main() -> int:
     print(f"  {figures['gmacs']:.3f} GMACs per image, {cost.parameters / 1e6:.3f} M parameters")
     print(f"  not counted: {', '.join(cost.uncounted) or 'nothing'}")
     print(
-        f"  {latency.p50_ms:.2f} ms (p50), {latency.p90_ms:.2f} ms (p90), {latency.images_per_second:.1f} images/s: batch "
-        f"{latency.batch}, {latency.dtype}, {latency.device}, {latency.threads} threads, {latency.runs} runs"
+        f"  {latency.p50_ms:.2f} ms (p50), {latency.p90_ms:.2f} ms (p90), {latency.images_per_second:.1f} images/s: "
+        f"batch {latency.batch}, {latency.dtype}, {latency.device}, {latency.threads} threads, {latency.runs} runs"
     )
     print(
         f"  energy: {meter.source}"

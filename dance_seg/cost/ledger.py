@@ -5,7 +5,7 @@ batch-norm statistics anew, asking a teacher, cutting channels. Validation is wr
 A dropped image is offered and not paid for. MACs are counted per distinct size (MacsPerSize), not by profiling.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -180,7 +180,7 @@ class MacsPerSize:
         self._model = model
         self._costs: dict[tuple[int, int], TrainingCost] = {}
 
-    def __call__(self, size: tuple[int, int]) -> TrainingCost:
+    def __call__(self, size: Sequence[int]) -> TrainingCost:
         """Forward and backward MACs of one image of size (H, W)."""
         size = (int(size[0]), int(size[1]))
         if size not in self._costs:

@@ -14,7 +14,7 @@ import numpy as np
 
 Point = Sequence[float]  # x, y, z
 Part = tuple[str, Sequence[Point]]  # a role and a convex polygon
-Span = tuple[str, int, int]  # a role, the first of its points and the one behind its last
+Span = tuple[str, int, int, float]  # a role, the first of its points, the one behind its last, its larger extent
 
 
 class Figure:
@@ -24,7 +24,8 @@ class Figure:
         polygons = [np.asarray(points, float) for parts in faces for _, points in parts]
         self.points = np.concatenate(polygons)
         ends = np.cumsum([len(polygon) for polygon in polygons]).tolist()
-        spans = iter(zip([0, *ends[:-1]], ends, strict=True))
+        extents = [float(np.ptp(polygon, axis=0).max()) for polygon in polygons]
+        spans = iter(zip([0, *ends[:-1]], ends, extents, strict=True))
         self.faces: list[list[Span]] = [[(role, *next(spans)) for role, _ in parts] for parts in faces]
         self.roles = frozenset(role for parts in faces for role, _ in parts)
         self.half_length = float(np.abs(self.points[:, 2]).max())

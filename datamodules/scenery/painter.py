@@ -146,9 +146,11 @@ class Painter:
         across, up = scale
         turn = np.array([(cos(yaw), 0, -sin(yaw)), (0, 1, 0), (sin(yaw), 0, cos(yaw))])
         points = (figure.points @ (np.array([(across,), (up,), (abs(across),)]) * turn) + (x, 0.0, depth)).tolist()
+        smallest = self.zoom / self.pixels(1.0, depth)  # metres that are a pixel of the picture
         for parts, brightness in figure.faces_seen(turn, np.array((-x, self.camera.height, -depth))):
-            for role, start, stop in parts:
-                self.polygon(points[start:stop], colours[role], class_id, depth, brightness)
+            for role, start, stop, extent in parts:
+                if extent > smallest:
+                    self.polygon(points[start:stop], colours[role], class_id, depth, brightness)
 
     # From strokes to pixels ---------------------------------------------------------------------------------------
 

@@ -167,7 +167,7 @@ def test_haze_takes_all_but_one_part_in_e_at_its_depth():
 
 def test_a_vehicle_shows_the_faces_turned_to_the_camera():
     def roles(turn, camera):
-        return {role for spans, _ in vehicles()[1].faces_seen(turn, np.array(camera)) for role, _, _ in spans}
+        return {role for spans, _ in vehicles()[1].faces_seen(turn, np.array(camera)) for role, *_ in spans}
 
     ahead, turned = np.eye(3), np.diag((-1.0, 1.0, -1.0))
     behind_it = (0.0, 1.5, -12.0)
