@@ -68,5 +68,5 @@ def test_labels_are_predicted_at_the_labels_size_by_bilinear_logits():
 def test_logits_that_are_not_finite_are_an_error_and_no_score():
     model = nn.Conv2d(3, 5, 1)
     nn.init.constant_(model.weight, float("nan"))
-    with pytest.raises(ValueError, match="finite|NaN"):
+    with pytest.raises(ValueError, match=r"finite|NaN"):
         predict_labels(model, torch.randn(1, 3, 8, 8), (8, 8))

@@ -82,8 +82,8 @@ def test_resolution_makes_the_images_smaller_and_leaves_the_labels(tmp_path):
 
 
 def test_statistics_are_taken_on_a_fixed_list_of_training_images(tmp_path):
-    one = [b for b in shapes(tmp_path, statistics_images=5).statistics_batches()]
-    two = [b for b in shapes(tmp_path, statistics_images=5).statistics_batches()]
+    one = list(shapes(tmp_path, statistics_images=5).statistics_batches())
+    two = list(shapes(tmp_path, statistics_images=5).statistics_batches())
     assert [len(b) for b in one] == [4, 2]  # 5 images; the last is doubled
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
 
