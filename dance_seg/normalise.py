@@ -1,5 +1,7 @@
 """Pixels as the networks see them: per channel (x / 255 - mean) / std, with the constants of ImageNet."""
 
+from typing import TypeGuard
+
 import cv2
 import numpy as np
 import torch
@@ -12,11 +14,12 @@ STD = (0.229, 0.224, 0.225)
 _VALUES_AT_ONCE = 131_072  # converted and scaled while they are in the second-level cache
 
 
-def normalise(images: Tensor, device: torch.device | str | None = None) -> Tensor:
+def normalise(images: Tensor, device: torch.device | str | None = None, *, out: Tensor | None = None) -> Tensor:
     """Images (N, 3, H, W) or (3, H, W) uint8 -> float32 (x / 255 - mean) / std, on `device` where one is given.
 
-    The uint8 values are what moves. The memory format stays as it is. Raises ValueError for another type or another
-    number of channels.
+    The uint8 values are what moves. The memory format stays as it is. `out` is the result of an earlier call that
+    nobody needs any more: where it fits, its memory is used again, which on a processor is twice as fast as new
+    memory. Raises ValueError for another type or another number of channels.
 
     >>> black = torch.zeros((1, 3, 1, 1), dtype=torch.uint8)
     >>> [round(value, 3) for value in normalise(black).flatten().tolist()]
@@ -27,9 +30,11 @@ def normalise(images: Tensor, device: torch.device | str | None = None) -> Tenso
     if device is not None:
         images = images.to(device, non_blocking=True)
     if images.device.type == "cpu" and images.movedim(-3, -1).is_contiguous():
-        return _normalise_channels_last(images)
+        return _normalise_channels_last(images, out)
     scale, offset = (torch.tensor(row, device=images.device).view(3, 1, 1) for row in _scale_and_offset())
-    return images.float().mul_(scale).add_(offset)
+    if not _fits(out, images):
+        out = torch.empty_like(images, dtype=torch.float32)
+    return out.copy_(images).mul_(scale).add_(offset)
 
 
 def denormalise(images: Tensor) -> Tensor:
@@ -48,7 +53,16 @@ def _scale_and_offset() -> tuple[list[float], list[float]]:
     return [1 / (255 * std) for std in STD], [-mean / std for mean, std in zip(MEAN, STD, strict=True)]
 
 
-def _normalise_channels_last(images: Tensor) -> Tensor:
+def _fits(out: Tensor | None, images: Tensor) -> TypeGuard[Tensor]:
+    return (
+        out is not None
+        and (out.shape, out.stride(), out.device) == (images.shape, images.stride(), images.device)
+        and out.dtype == torch.float32
+        and not out.requires_grad
+    )
+
+
+def _normalise_channels_last(images: Tensor, out: Tensor | None) -> Tensor:
     """The same in one pass over the memory and without torch's threads, which stall where others use the cores.
 
     Six times as fast as scaling by channel, whose rows of three values are too short.
@@ -56,7 +70,7 @@ def _normalise_channels_last(images: Tensor) -> Tensor:
     scale, offset = _scale_and_offset()
     affine = np.column_stack([np.diag(scale), offset]).astype(np.float32)
     pixels = images.movedim(-3, -1)
-    normalised = torch.empty(pixels.shape, dtype=torch.float32)
+    normalised = out.movedim(-3, -1) if _fits(out, images) else torch.empty(pixels.shape, dtype=torch.float32)
     width = images.shape[-1]
     rows_in, rows_out = pixels.reshape(-1, width, 3).numpy(), normalised.view(-1, width, 3).numpy()
     at_once = max(1, _VALUES_AT_ONCE // (3 * width))

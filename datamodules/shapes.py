@@ -9,7 +9,7 @@ from datamodules.base import SegmentationDataModule, _size, _whole
 from datamodules.label_table import LabelTable
 from datamodules.scenes import CLASSES, PALETTE, render_scene
 
-SCENES_VERSION = 1  # raise it when scenes are drawn otherwise, or stores of old ones would be taken
+SCENES_VERSION = 2  # raise it when scenes are drawn otherwise, or stores of old ones would be taken
 SPLITS = {"train": 0, "val": 1_000_000, "test": 2_000_000}  # index of the first scene
 
 

@@ -287,9 +287,10 @@ def test_a_writer_killed_at_any_moment_leaves_a_whole_checkpoint(tmp_path: Path)
     save_checkpoint({"global_step": 0, "weight": weight}, path)
     moments = random.Random(0)
     interrupted = 0
-    for _ in range(12):
+    for _ in range(100):  # until some writes were cut
         writer = os.fork()
         if writer == 0:
+            torch.set_num_threads(1)  # the parent's threads do not live on in a fork
             step = 0
             while True:
                 step += 1
@@ -301,7 +302,9 @@ def test_a_writer_killed_at_any_moment_leaves_a_whole_checkpoint(tmp_path: Path)
         assert (record["weight"] == record["global_step"]).all()
         interrupted += len(clean_temporary(tmp_path))
         assert [other.name for other in tmp_path.iterdir()] == ["a.ckpt"]
-    assert interrupted > 0  # else no write was cut, and nothing was shown
+        if interrupted >= 5:
+            break
+    assert interrupted >= 5  # else no write was cut, and nothing was shown
 
 
 # -- the newest --------------------------------------------------------------------------------------------------------

@@ -43,3 +43,24 @@ def test_normalise_is_the_same_on_an_accelerator(layout):
 def test_normalise_refuses_other_types_and_channels(images):
     with pytest.raises(ValueError, match="normalise takes uint8 images"):
         normalise(images)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_the_memory_of_an_earlier_result_is_used_again_where_it_fits(layout):
+    first, second = (
+        torch.randint(0, 256, (2, 3, 7, 9), dtype=torch.uint8).contiguous(memory_format=layout) for _ in range(2)
+    )
+    expected = normalise(second)
+    memory = normalise(first)
+    again = normalise(second, out=memory)
+    assert again.data_ptr() == memory.data_ptr()
+    assert torch.equal(again, expected)
+    assert again.is_contiguous(memory_format=layout)
+
+
+def test_memory_that_does_not_fit_is_left_alone():
+    images = torch.randint(0, 256, (2, 3, 7, 9), dtype=torch.uint8)
+    expected = normalise(images)
+    for memory in (torch.zeros(1, 3, 7, 9), torch.zeros(2, 3, 7, 9).half(), torch.zeros(2, 3, 9, 7).mT, None):
+        assert torch.equal(normalise(images, out=memory), expected)
+        assert memory is None or not memory.any()

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from dance_seg.randomness import generator
 from dance_seg.sample import IGNORE, Draw, Sample
-from datamodules import image_files
+from datamodules import image_files, transforms
 from datamodules.transforms import (
     Augmentation,
     EvaluationImages,
@@ -271,6 +271,30 @@ def test_what_a_draw_shows_does_not_depend_on_its_companions():
         alone = make_batch(source, draws_of(index), (64, 96), augmentation, seed=5)
         assert torch.equal(alone.images[0], together.images[index])
         assert torch.equal(alone.labels[0], together.labels[index])
+
+
+def test_a_batch_is_the_same_with_any_number_of_threads(monkeypatch):
+    source = Listed([noise(80, 120, seed) for seed in range(7)])
+    batches = []
+    for threads in (1, 2, 3, 16):
+        monkeypatch.setattr(transforms, "num_threads", lambda threads=threads: threads)
+        batches.append(make_batch(source, draws_of(*range(7)), (64, 96), Augmentation(), seed=5))
+    for batch in batches[1:]:
+        assert torch.equal(batch.images, batches[0].images)
+        assert torch.equal(batch.labels, batches[0].labels)
+
+
+@pytest.mark.parametrize("bad", [0, 1, 4])
+def test_an_image_that_cannot_be_loaded_is_an_error_in_whichever_thread_it_is(monkeypatch, bad):
+    class Broken(Listed):
+        def load(self, index):
+            if index == bad:
+                raise ValueError(f"{index}.png is damaged")
+            return super().load(index)
+
+    monkeypatch.setattr(transforms, "num_threads", lambda: 3)
+    with pytest.raises(ValueError, match=f"{bad}.png is damaged"):
+        make_batch(Broken([noise(80, 120)] * 5), draws_of(*range(5)), (64, 96), Augmentation(), seed=5)
 
 
 @pytest.mark.parametrize("other", [{"epoch": 1}, {"occurrence": 1}, {"seed": 1}])
