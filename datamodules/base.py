@@ -96,6 +96,7 @@ class SegmentationDataModule(LightningDataModule):
         self.epochs, self.seed, self.stride = 1, 0, 32
         self.charges: dict[str, float] = {}  # seconds spent on preparing, by kind, for the ledger
         self._sources: dict[str, Source] = {}
+        self._normalised: dict[torch.Size, Tensor] = {}
 
     # What a data set says of itself -------------------------------------------------------------------------------
 
@@ -237,8 +238,16 @@ class SegmentationDataModule(LightningDataModule):
             yield normalise(torch.stack(alike if len(alike) > 1 else alike * 2))
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Normalise on the device, where a quarter of the bytes arrived."""
-        return batch._replace(images=normalise(batch.images), labels=batch.labels.long())
+        """Normalise on the device, where a quarter of the bytes arrived.
+
+        While training on a CPU the images of a batch lie in the memory of the last batch of their size: fresh memory
+        costs more than the arithmetic. Whoever keeps images beyond their step copies them.
+        """
+        training = self.trainer is not None and self.trainer.training and batch.images.device.type == "cpu"
+        images = normalise(batch.images, out=self._normalised.get(batch.images.shape) if training else None)
+        if training:
+            self._normalised[batch.images.shape] = images
+        return batch._replace(images=images, labels=batch.labels.long())
 
 
 class EpochOfBatches:
