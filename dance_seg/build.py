@@ -16,7 +16,15 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_info
 from torch import nn
 from tqdm import tqdm
 
-from dance_seg.callbacks import Checkpoints, CostLedger, ExactResume, Pictures, ReestimatedStatistics, checkpoint_of
+from dance_seg.callbacks import (
+    Checkpoints,
+    CostLedger,
+    ExactResume,
+    Pictures,
+    PlanInLog,
+    ReestimatedStatistics,
+    checkpoint_of,
+)
 from dance_seg.checkpoint import atomic_checkpoint_io, check_writable, clean_temporary, newest_valid
 from dance_seg.metrics import Scores, confusion_matrix, scores
 from dance_seg.models import MODELS
@@ -132,6 +140,7 @@ def build_trainer(recipe: Recipe, datamodule: "SegmentationDataModule", folder: 
         callbacks=[
             ExactResume(recipe.seed),
             ledger,
+            PlanInLog(mirror),
             ReestimatedStatistics(datamodule.statistics_batches, may_choose, ledger),
             Pictures(folder / "pictures", datamodule.label_table.palette, mirror),
             Checkpoints(
