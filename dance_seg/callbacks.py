@@ -20,6 +20,8 @@ from dance_seg.normalise import denormalise
 from dance_seg.randomness import Stream, seed_torch
 from dance_seg.sample import Batch
 
+LOOK_EVERY = 8  # steps between two looks at the clock, which ranks have to agree on
+
 
 class ExactResume(Callback):
     """Makes a resumed run go on exactly where it was, for any LightningModule with SameScaleBatches.
@@ -239,14 +241,17 @@ class Checkpoints(Callback):
         """Put in what a reader of the checkpoint needs."""
         checkpoint["dance_seg"] = self.record
 
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The last epoch is validated whatever `validate_every` says."""
+        if trainer.current_epoch + 1 == trainer.max_epochs:
+            trainer.check_val_every_n_epoch = 1
+
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Save when it is time and the optimiser has just stepped."""
         last = batch_idx + 1 >= trainer.num_training_batches
-        stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        due = time.monotonic() - self._saved_at >= self.every_seconds
-        if trainer.world_size > 1:  # one clock decides for all, or ranks would wait for one another
-            due = bool(trainer.strategy.broadcast(due))
-        if due and stepped and not last:
+        steps, waiting = divmod(batch_idx + 1, trainer.accumulate_grad_batches)  # gradients that wait are not saved
+        looked_at = steps % LOOK_EVERY == 0 or not self.every_seconds
+        if looked_at and not waiting and not last and self._is_due(trainer):
             self.save(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -257,11 +262,14 @@ class Checkpoints(Callback):
         if chosen and (self.best_miou is None or float(miou) > self.best_miou):  # type: ignore[arg-type]
             self.best_miou = float(miou)  # type: ignore[arg-type]
             trainer.save_checkpoint(self.folder / "best.ckpt", weights_only=False)
-        due = time.monotonic() - self._saved_at >= self.every_seconds
-        if trainer.world_size > 1:
-            due = bool(trainer.strategy.broadcast(due))
+        due = self._is_due(trainer)  # by every rank, since it may ask them all
         if due or validated or trainer.current_epoch + 1 == trainer.max_epochs:
             self.save(trainer)
+
+    def _is_due(self, trainer: Trainer) -> bool:
+        due = time.monotonic() - self._saved_at >= self.every_seconds
+        # One clock decides for all, or ranks would wait for one another.
+        return bool(trainer.strategy.broadcast(due)) if trainer.world_size > 1 else due
 
     def save(self, trainer: Trainer) -> None:
         """Write the newest state and let the third newest go."""

@@ -84,14 +84,14 @@ def resized_argmax(logits_CHW: Tensor, size: tuple[int, int], *, align_corners: 
     return argmax_of_every_pixel(logits, size, align_corners) if labels is None else labels
 
 
-def predict_labels(
+def labels_from_logits(
     logits_NCHW: Tensor, sizes: tuple[int, int] | Sequence[tuple[int, int]], *, align_corners: bool
 ) -> list[np.ndarray]:
     """The labels of a batch, each at its own size (H, W), or all at the one size given: uint8 arrays.
 
     Raises ValueError as resized_argmax does, and when there is not one size per image.
 
-    >>> [labels.shape for labels in predict_labels(torch.zeros(2, 3, 4, 4), (8, 8), align_corners=True)]
+    >>> [labels.shape for labels in labels_from_logits(torch.zeros(2, 3, 4, 4), (8, 8), align_corners=True)]
     [(8, 8), (8, 8)]
     """
     if logits_NCHW.ndim != 4:

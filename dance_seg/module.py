@@ -9,7 +9,7 @@ import torch
 from pytorch_lightning import LightningModule
 from torch import Tensor, nn
 
-from dance_seg.evaluator import resized_argmax
+from dance_seg.evaluator import labels_from_logits
 from dance_seg.losses import Loss, per_sample_loss, weighted_mean
 from dance_seg.metrics import ConfusionMatrix
 from dance_seg.options import Optimizer
@@ -198,9 +198,8 @@ def predict_labels(model: nn.Module, images: Tensor, size: tuple[int, ...]) -> T
     height, width = size
     if tuple(images.shape[-2:]) == (height, width) and hasattr(model, "coarse_logits"):
         # The network's own last step is an interpolation: fused with the argmax, full logits are never made.
-        logits, padded, align_corners = model.coarse_logits(images)  # type: ignore[operator]
-        labels = [resized_argmax(image.float(), padded, align_corners=align_corners) for image in logits]
-        return torch.stack([torch.as_tensor(label)[:height, :width] for label in labels])
-    logits = model(images)
-    labels = [resized_argmax(image.float(), (height, width), align_corners=False) for image in logits]
-    return torch.stack([torch.as_tensor(label) for label in labels])
+        logits, resized_to, align_corners = model.coarse_logits(images)  # type: ignore[operator]
+    else:
+        logits, resized_to, align_corners = model(images), (height, width), False
+    labels = labels_from_logits(logits, resized_to, align_corners=align_corners)
+    return torch.from_numpy(np.stack([label[:height, :width] for label in labels]))

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from dance_seg import evaluator
-from dance_seg.evaluator import argmax, axis, boundary_cells, leaders, predict_labels, resized_argmax
+from dance_seg.evaluator import argmax, axis, boundary_cells, labels_from_logits, leaders, resized_argmax
 
 
 def smooth_logits(seed: int, num_classes: int, size: tuple[int, int], noise: float = 0.2) -> torch.Tensor:
@@ -141,13 +141,13 @@ def test_argmax_takes_the_lowest_class_on_ties_across_tiles(num_pixels):
 
 def test_a_batch_gives_each_image_its_size():
     logits = torch.stack([smooth_logits(seed, 4, (40, 50)) for seed in range(2)])
-    both = predict_labels(logits, [(160, 200), (120, 150)], align_corners=True)
+    both = labels_from_logits(logits, [(160, 200), (120, 150)], align_corners=True)
     assert [labels.shape for labels in both] == [(160, 200), (120, 150)]
     assert np.array_equal(both[1], reference(logits[1], (120, 150), True))
-    same = predict_labels(logits, (160, 200), align_corners=False)
+    same = labels_from_logits(logits, (160, 200), align_corners=False)
     assert np.array_equal(same[0], reference(logits[0], (160, 200), False))
     with pytest.raises(ValueError, match="2 images and 3 sizes"):
-        predict_labels(logits, [(8, 8)] * 3, align_corners=True)
+        labels_from_logits(logits, [(8, 8)] * 3, align_corners=True)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
@@ -174,7 +174,7 @@ def test_wrong_shapes_and_types_are_errors():
     with pytest.raises(ValueError, match="size is"):
         resized_argmax(torch.zeros(3, 4, 4), (0, 8), align_corners=True)
     with pytest.raises(ValueError, match=r"\(N, C, h, w\)"):
-        predict_labels(torch.zeros(3, 4, 4), (8, 8), align_corners=True)
+        labels_from_logits(torch.zeros(3, 4, 4), (8, 8), align_corners=True)
 
 
 @pytest.mark.gpu
