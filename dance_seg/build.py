@@ -26,6 +26,7 @@ from dance_seg.callbacks import (
     checkpoint_of,
 )
 from dance_seg.checkpoint import atomic_checkpoint_io, check_writable, clean_temporary, newest_valid
+from dance_seg.machine import processor, write_text
 from dance_seg.metrics import Scores, confusion_matrix, scores
 from dance_seg.models import MODELS
 from dance_seg.module import SegmentationModule, predict_labels
@@ -224,7 +225,7 @@ def write_plan(folder: Path, datamodule: "SegmentationDataModule") -> None:
         plan["weights"] = batches.plan(len(datamodule.schedule) - 1).weight.tolist()
         order = np.argsort(table.values, kind="stable")
         _thumbnails(folder / "pictures", datamodule, {"simple": order[:4], "complex": order[::-1][:4]})
-    _replace(folder / "plan.json", json.dumps(plan))
+    write_text(folder / "plan.json", json.dumps(plan))
     dense = len(batches.quantiles) * batches.sizes[-1][0] * batches.sizes[-1][1] * len(datamodule.schedule)
     share = sum(summary.pixels for summary in datamodule.schedule) / dense
     steps = sum(summary.steps for summary in datamodule.schedule)
@@ -333,14 +334,9 @@ def _run_id(folder: Path) -> str:
 
 def circumstances() -> dict[str, Any]:
     """Hardware, versions and commit, to be kept beside the figures of a run."""
-    import platform
     import subprocess
     from importlib.metadata import version
 
-    processor = platform.processor() or platform.machine()
-    if os.path.exists("/proc/cpuinfo"):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        processor = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), processor)
     try:
         command = ["git", "describe", "--always", "--dirty=+"]
         place = Path(__file__).parent
@@ -349,7 +345,7 @@ def circumstances() -> dict[str, Any]:
         described = ""
     return {
         "commit": described,
-        "processor": processor,
+        "processor": processor(),
         "cores": os.cpu_count(),
         "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "versions": {name: version(name) for name in ("torch", "pytorch-lightning", "segmentation-models-pytorch")},
@@ -362,11 +358,4 @@ def _notes(folder: Path) -> dict[str, Any]:
 
 
 def _note(folder: Path, **facts: Any) -> None:
-    _replace(folder / "run.json", json.dumps({**_notes(folder), **facts}, indent=2) + "\n")
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
+    write_text(folder / "run.json", json.dumps({**_notes(folder), **facts}, indent=2) + "\n")

@@ -15,6 +15,7 @@ from dance_seg.checkpoint import load_checkpoint
 from dance_seg.cost.ledger import Ledger, MacsPerSize, merge_ranks
 from dance_seg.cost.macs import Cost, count_macs
 from dance_seg.distributed import gather, rank
+from dance_seg.machine import write_text
 from dance_seg.module import write_figures
 from dance_seg.normalise import denormalise
 from dance_seg.randomness import Stream, seed_torch
@@ -153,9 +154,7 @@ def write_cost(path: Path, spent: Ledger, cost: Cost) -> None:
             "uncounted": list(cost.uncounted),
         },
     }
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(record, indent=2) + "\n")
-    temporary.replace(path)
+    write_text(path, json.dumps(record, indent=2) + "\n")
 
 
 class PlanInLog(Callback):

@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent
 
 # A file imports only from lower ranks and from its own package.
 RANKS = {
-    "sample": 0, "part": 0, "randomness": 0, "errors": 0, "distributed": 0, "normalise": 0,
+    "sample": 0, "part": 0, "randomness": 0, "errors": 0, "machine": 0, "distributed": 0, "normalise": 0,
     "data_slimming": 1, "losses": 1, "batch_norm": 1, "metrics": 1, "evaluator": 1, "cost": 1, "options": 1,
     "models": 2,
     "checkpoint": 3, "tracking": 3, "metrics_file": 1, "module": 3, "callbacks": 3,

@@ -26,9 +26,10 @@ def main() -> int:
     )
     arguments_parser.add_argument("--markdown", metavar="FILE", type=Path, help="write the Markdown there instead")
     arguments = arguments_parser.parse_args()
+    from dance_seg.machine import write_text
     from dance_seg.report.comparison import compare_runs
     from dance_seg.report.comparison_page import comparison_page
-    from dance_seg.report.page import render, write_text
+    from dance_seg.report.page import render
 
     comparison = compare_runs(arguments.runs, arguments.baseline)
     print(comparison.as_text())

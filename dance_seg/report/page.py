@@ -4,7 +4,6 @@ The records hold values and texts; page.html.jinja decides how they look and esc
 runs nothing: its content security policy forbids both.
 """
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -180,16 +179,6 @@ def render(page: Page) -> str:
         lstrip_blocks=True,
     )
     return environment.get_template(TEMPLATE).render(page=page)
-
-
-def write_text(path: Path, text: str) -> Path:
-    """Write a text file whole or not at all, with its folder; returns the path."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    # Names come from files and arguments, and may hold bytes that are no text.
-    temporary.write_text(text, encoding="utf-8", errors="replace")
-    temporary.replace(path)
-    return path
 
 
 def figure_text(value: float, digits: int = 3) -> str:

@@ -14,6 +14,7 @@ import numpy as np
 
 from dance_seg.data_slimming.plan import DataSlimming
 from dance_seg.errors import DataError
+from dance_seg.machine import write_text
 from dance_seg.report.charts import Layer, Line, Mark, Span, histogram, line_chart, shades, stacked_chart
 from dance_seg.report.page import (
     Bar,
@@ -36,7 +37,6 @@ from dance_seg.report.page import (
     listed,
     render,
     seconds_text,
-    write_text,
 )
 from dance_seg.report.pictures import (
     IGNORED,

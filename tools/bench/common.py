@@ -11,6 +11,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from dance_seg.machine import processor
+
 PACKAGES = ("torch", "torchvision", "pytorch-lightning", "numpy", "opencv-python-headless", "pillow", "albumentations")
 
 
@@ -53,12 +55,8 @@ def ratio(over: Sequence[float], under: Sequence[float]) -> dict[str, float]:
 
 def machine() -> dict[str, Any]:
     """The processor, its cores and the memory, as far as the operating system tells."""
-    name = platform.processor() or platform.machine()
-    if os.path.exists("/proc/cpuinfo"):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
     return {
-        "processor": name,
+        "processor": processor(),
         "cores": os.cpu_count(),
         "system": platform.system(),
         "python": platform.python_version(),
