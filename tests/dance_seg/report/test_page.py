@@ -3,6 +3,8 @@
 import re
 from html.parser import HTMLParser
 
+import pytest
+
 from dance_seg.report.charts import Line, line_chart
 from dance_seg.report.page import (
     Bar,
@@ -20,7 +22,11 @@ from dance_seg.report.page import (
     Section,
     Stack,
     Table,
+    change_text,
+    figure_text,
+    listed,
     render,
+    seconds_text,
 )
 
 EVIL = "\"'><script>alert(1)</script><img src=x onerror=alert(1)>"
@@ -94,3 +100,31 @@ def test_a_page_follows_light_and_dark_and_fits_a_phone():
 def test_a_bar_is_as_long_as_its_share():
     html = render(Page("t", sections=(Section("s", (Bars((Bar("a", 0.615, "61.5"),)),)),)))
     assert "width:61.50%" in html
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(999.6, "1,000"), (99.95, "100.0"), (1e-5, "1e-05"), (-12.345, "-12.3"), (0.5, "0.5"), (5, "5.00")],
+)
+def test_figures_have_three_digits_that_matter(value, text):
+    assert figure_text(value) == text
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(119.99, "120 s"), (3599.4, "59 min 59 s"), (3599.7, "1 h 0 min")])
+def test_times_are_said_as_people_say_them(seconds, text):
+    assert seconds_text(seconds) == text
+
+
+def test_a_change_is_a_percentage():
+    assert [change_text(ratio) for ratio in (0.5, 2.0, 1.0, 0.985, 0.9996)] == [
+        "−50 %",
+        "+100 %",
+        "±0 %",
+        "−1.5 %",
+        "±0 %",
+    ]
+
+
+def test_a_long_list_is_counted():
+    assert listed(["a", "b"]) == "a, b"
+    assert listed(list("abcdefgh")) == "a, b, c, d, e, f and 2 more"
