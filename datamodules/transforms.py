@@ -22,12 +22,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
-from dance_seg.randomness import generator, paired_generators
+from dance_seg.randomness import Stream, generator, paired_generators
 from dance_seg.sample import IGNORE, Batch, Draw, Sample
 from datamodules.image_files import decodes
 from datamodules.sources import num_threads
-
-AUGMENTATION = 6  # stream of random numbers; those of plan, sampler and datamodule are 1 to 5
 
 _BLUR_FROM = 1.25  # below this reduction bilinear interpolation alone is as close to averaging areas as Pillow's filter
 
@@ -156,7 +154,7 @@ def make_batch(
     def write(numbers: range) -> None:
         for n in numbers:
             draw = draws[n]
-            place = (seed, draw.epoch, AUGMENTATION, draw.index, draw.occurrence)
+            place = (seed, Stream.AUGMENTATION, draw.epoch, draw.index, draw.occurrence)
             sample = source.load(draw.index)
             shape = (sample.label.shape[0], sample.label.shape[1])
             window = draw_window(shape, crop, augmentation, generator(*place))
@@ -298,10 +296,11 @@ def _color_jitter(strength: float) -> Any:
     os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # it asks the network for a newer version when it is imported
     import albumentations
 
-    most = 0.4 * strength
-    span = (1 - most, 1 + most)
+    # Brightness reaches down to dusk, which is a quarter of a day's light; the rest varies evenly.
+    brightness = (1 - 0.75 * strength, 1 + 0.5 * strength)
+    span = (1 - 0.4 * strength, 1 + 0.4 * strength)
     hue = (-0.1 * strength, 0.1 * strength)
-    jitter = albumentations.ColorJitter(brightness=span, contrast=span, saturation=span, hue=hue, p=1.0)
+    jitter = albumentations.ColorJitter(brightness=brightness, contrast=span, saturation=span, hue=hue, p=1.0)
     return albumentations.Compose([jitter])
 
 
