@@ -20,6 +20,7 @@ from dance_seg.callbacks import (
     Checkpoints,
     CostLedger,
     ExactResume,
+    NetworkCuts,
     Pictures,
     PlanInLog,
     ReestimatedStatistics,
@@ -30,6 +31,8 @@ from dance_seg.machine import processor, write_text
 from dance_seg.metrics import Scores, confusion_matrix, scores
 from dance_seg.models import MODELS
 from dance_seg.module import SegmentationModule, predict_labels
+from dance_seg.network_slimming.slim import check_reachable
+from dance_seg.network_slimming.structure import restructure
 from dance_seg.normalise import normalise
 from dance_seg.part import Part, build_part
 from dance_seg.recipe import Recipe, recipe_differences, recipe_from_record, recipe_record, save_recipe
@@ -61,6 +64,12 @@ class UnevenValidation(DDPStrategy):
         assert self.lightning_module is not None
         with self.precision_plugin.val_step_context():
             return self.lightning_module.validation_step(*args, **kwargs)
+
+    def renew(self) -> None:
+        """Wrap the module anew, since its parameters are others after a cut."""
+        assert self.lightning_module is not None
+        self.model = self._setup_model(self.lightning_module)
+        self._register_ddp_hooks()
 
 
 def build_model(recipe: Recipe, num_classes: int) -> nn.Module:
@@ -118,6 +127,16 @@ def build_trainer(recipe: Recipe, datamodule: "SegmentationDataModule", folder: 
         return (epoch + 1) / options.max_epochs >= options.choose_from - 1e-9
 
     ledger = CostLedger(folder)
+    slimming = recipe.network_slimming
+    cuts = slimming and NetworkCuts(
+        slimming,
+        datamodule.crop,
+        options.max_epochs,
+        recipe.seed,
+        ledger,
+        datamodule.statistics_batches,
+        datamodule.labelled_batches,
+    )
     return Trainer(
         accelerator=options.accelerator,
         devices=options.devices,
@@ -141,6 +160,7 @@ def build_trainer(recipe: Recipe, datamodule: "SegmentationDataModule", folder: 
         callbacks=[
             ExactResume(recipe.seed),
             ledger,
+            *([cuts] if cuts else []),
             PlanInLog(mirror),
             ReestimatedStatistics(datamodule.statistics_batches, may_choose, ledger),
             Pictures(folder / "pictures", datamodule.label_table.palette, mirror),
@@ -181,13 +201,17 @@ def train(recipe: Recipe, datamodule: "SegmentationDataModule", folder: Path) ->
         seed=recipe.seed,
         data_slimming=recipe.data_slimming,
     )
+    if recipe.network_slimming is not None:
+        check_reachable(model, recipe.network_slimming, datamodule.crop)
+    found = newest_valid(folder / "checkpoints", "step-*.ckpt")
+    if found is not None and "structure" in found[1]:
+        restructure(model, found[1]["structure"], at=f"{found[0]}: structure")
     module = build_module(recipe, model, datamodule)
     datamodule.prepare_data()
     if main:
         write_plan(folder, datamodule)
         _note(folder, classes=list(datamodule.classes))
     trainer = build_trainer(recipe, datamodule, folder, _run_id(folder))
-    found = newest_valid(folder / "checkpoints", "step-*.ckpt")
     if found is not None:
         path, checkpoint = found
         place = checkpoint["callbacks"]["ExactResume"]
@@ -268,6 +292,8 @@ def load_model(path: Path, *, averaged: bool = True) -> tuple[nn.Module, dict[st
         # The checkpoint holds the weights; nothing is to be fetched.
         recipe = replace(recipe, model=Part(recipe.model.name, {**recipe.model.args, "encoder_weights": None}))
     model = build_model(recipe, len(record["labels"]["classes"]))
+    if "structure" in checkpoint:
+        restructure(model, checkpoint["structure"], at=f"{path}: structure")
     if averaged and "average" in checkpoint:
         weights = checkpoint["average"]["state_dict"]
     else:

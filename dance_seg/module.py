@@ -1,7 +1,7 @@
 """The training step, as a LightningModule: logits, a loss per image, one weighted mean."""
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,11 @@ from torch import Tensor, nn
 from dance_seg.evaluator import labels_from_logits
 from dance_seg.losses import Loss, per_sample_loss, weighted_mean
 from dance_seg.metrics import ConfusionMatrix
+from dance_seg.network_slimming.channels import Group
+from dance_seg.network_slimming.importance import absolute_sum, scales_of
+from dance_seg.network_slimming.schedule import NetworkSlimming
+from dance_seg.network_slimming.slim import Size, slim
+from dance_seg.network_slimming.structure import structure_record
 from dance_seg.options import Optimizer
 from dance_seg.sample import Batch
 
@@ -42,6 +47,7 @@ class SegmentationModule(LightningModule):
         self.batch_size = batch_size
         self.average = WeightAverage(model, ema) if ema is not None else None
         self.matrix = ConfusionMatrix(len(self.classes))
+        self.sparsity, self._scales = 0.0, list[nn.Parameter]()
 
     @property
     def evaluated_model(self) -> nn.Module:
@@ -65,6 +71,8 @@ class SegmentationModule(LightningModule):
         logits = self.model(batch.images)
         loss = weighted_mean(per_sample_loss(logits, batch.labels, self.loss), batch.weights)
         self.log("train/loss", loss, prog_bar=True)
+        if self.sparsity:
+            loss = loss + self.sparsity * absolute_sum(self._scales)
         self.log_dict({"train/lr": self._learning_rate(), "train/progress": batch.progress})
         return loss
 
@@ -76,6 +84,56 @@ class SegmentationModule(LightningModule):
         super().optimizer_step(*args, **kwargs)
         if self.average is not None:
             self.average.follow(self.model)
+
+    def set_sparsity(self, sparsity: float, groups: Iterable[Group]) -> None:
+        """Let training push the normalisation scales of these groups towards zero with that weight; 0 ends it."""
+        self.sparsity = sparsity
+        self._scales = scales_of(self.model, groups) if sparsity else []
+
+    def slim(
+        self,
+        options: NetworkSlimming,
+        *,
+        input_size: tuple[int, int],
+        share: float | None = None,
+        full: Size | None = None,
+        seed: int = 0,
+        labelled: Iterable[tuple[Tensor, Tensor]] | None = None,
+    ) -> None:
+        """Cut the network to a share of its full size, with its average and the state of its optimiser.
+
+        `labelled` are batches of images (N, 3, H, W) and labels (N, H, W) to take gradients from, for importance by
+        Taylor. Whoever wraps the model (DDP) wraps it anew afterwards. Raises ValueError when nothing can be cut.
+        """
+        if labelled is not None:
+            self._take_gradients(labelled)
+        trained = self._trainer is not None  # a Trainer has the optimiser; without one there is none yet
+        optimizer = self.optimizers(use_pl_optimizer=False) if trained else []
+        self._scales = []
+        slim(
+            self.model,
+            options,
+            input_size=input_size,
+            share=share,
+            full=full,
+            optimizers=[optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer),  # type: ignore[arg-type]
+            followers=[self.average.model] if self.average is not None else [],
+            seed=seed,
+        )
+        self.model.zero_grad()
+        self.sparsity = 0.0
+
+    def _take_gradients(self, labelled: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """The gradients of the loss on given images, in evaluation mode, which leaves statistics as they are."""
+        modes = [(module, module.training) for module in self.model.modules()]
+        self.model.eval()
+        self.model.zero_grad()
+        with torch.enable_grad():
+            for images, labels in labelled:
+                losses = per_sample_loss(self.model(images.to(self.device)), labels.to(self.device), self.loss)
+                losses.mean().backward()
+        for module, training in modes:
+            module.training = training
 
     def on_fit_start(self) -> None:
         """Bring the average to the device; it is no submodule, since DDP would synchronise it for nothing."""
@@ -114,7 +172,8 @@ class SegmentationModule(LightningModule):
         return make_optimizer(self.model, self.optimizer_options, fused=self.trainer.precision != "16-mixed")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the averaged weights."""
+        """Keep the structure of the network, and the averaged weights."""
+        checkpoint["structure"] = structure_record(self.model)
         if self.average is not None:
             checkpoint["average"] = self.average.state()
 

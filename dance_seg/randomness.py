@@ -20,6 +20,7 @@ class Stream(IntEnum):
     STATISTICS = 5  # which images BatchNorm statistics are re-estimated on
     AUGMENTATION = 6
     STEP = 7  # dropout and its like
+    CUTS = 8  # the random control of network slimming
 
 
 def generator(seed: int, *counters: int) -> np.random.Generator:

@@ -12,6 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dance_seg.data_slimming.plan import DataSlimming
 from dance_seg.losses import Loss
+from dance_seg.network_slimming.schedule import NetworkSlimming
 from dance_seg.options import Optimizer, Tracking, Training, plain
 from dance_seg.part import Part
 
@@ -29,6 +30,7 @@ class Recipe:
     loss: Loss = field(default_factory=Loss)
     optimizer: Optimizer = field(default_factory=Optimizer)
     data_slimming: DataSlimming | None = None
+    network_slimming: NetworkSlimming | None = None
     trainer: Training = field(default_factory=Training)
     tracking: Tracking = field(default_factory=Tracking)
 
@@ -103,6 +105,14 @@ def check_recipe(recipe: Recipe) -> None:
             f"{1 - slimming.full_resolution_tail:g}: the best checkpoint is chosen only in the tail; raise one or the "
             "other"
         )
+    cuts = recipe.network_slimming
+    if cuts is not None and cuts.end > recipe.trainer.choose_from:
+        raise ValueError(
+            f"network_slimming.end is {cuts.end}, after trainer.choose_from {recipe.trainer.choose_from}: the best "
+            "checkpoint is chosen only among networks that are cut to the end; lower one or raise the other"
+        )
+    if cuts is not None and recipe.trainer.max_epochs < 2:
+        raise ValueError("trainer.max_epochs is 1: network_slimming cuts between two epochs, so there must be two")
 
 
 def recipe_record(recipe: Recipe) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import torch
 from pytorch_lightning import LightningDataModule
 from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
+from torch.nn import functional
 from torch.utils.data import DataLoader, Subset
 
 from dance_seg.data_slimming.complexity import quantiles
@@ -236,6 +237,17 @@ class SegmentationDataModule(LightningDataModule):
         for alike in waiting.values():
             # BatchNorm after global pooling needs two images; one image twice has the statistics of one.
             yield normalise(torch.stack(alike if len(alike) > 1 else alike * 2))
+
+    def labelled_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Normalised full images (1, 3, H, W) of the same fixed list and their labels (1, H, W), for gradients."""
+        images = EvaluationImages(self.source("train"), self.resolution)
+        chosen = generator(self.seed, Stream.STATISTICS).permutation(len(images))[: self.statistics_images]
+        ranks, rank = self._ranks
+        for index in chosen[rank::ranks]:
+            batch = images[int(index)]
+            size = (batch.images.shape[-2], batch.images.shape[-1])
+            labels = functional.interpolate(batch.labels[:, None].float(), size=size, mode="nearest")
+            yield normalise(batch.images), labels[:, 0].long()
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Normalise on the device, where a quarter of the bytes arrived.

@@ -18,7 +18,7 @@ def main() -> int:
     """Check the files a recipe names, print a table, and write the figures where --json says."""
     arguments_parser = parser(__doc__, figures=True)
     add_recipe(arguments_parser)
-    arguments = arguments_parser.parse_args()
+    arguments = arguments_parser.parse_intermixed_args()
     from dance_seg.recipe import load_recipe
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)

@@ -25,7 +25,7 @@ def main() -> int:
         help="where compare.{md,json,html} go; %(default)s",
     )
     arguments_parser.add_argument("--markdown", metavar="FILE", type=Path, help="write the Markdown there instead")
-    arguments = arguments_parser.parse_args()
+    arguments = arguments_parser.parse_intermixed_args()
     from dance_seg.machine import write_text
     from dance_seg.report.comparison import compare_runs
     from dance_seg.report.comparison_page import comparison_page

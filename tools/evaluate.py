@@ -12,7 +12,7 @@ def main() -> int:
     arguments_parser.add_argument("overrides", metavar="key=value", nargs="*", help="such as data.args.root=DIR")
     arguments_parser.add_argument("--split", help="train, held_out, val or test; default: what the run validated on")
     arguments_parser.add_argument("--checkpoint", default="best", help="best, last or a path; default: best")
-    arguments = arguments_parser.parse_args()
+    arguments = arguments_parser.parse_intermixed_args()
     from dance_seg.build import evaluate, load_run
     from dance_seg.recipe import recipe_from_record
     from datamodules import build_datamodule

@@ -15,7 +15,7 @@ def main() -> int:
     arguments_parser.add_argument("--batch", type=int, default=1, help="images at once; default 1")
     arguments_parser.add_argument("--seconds", type=float, default=5.0, help="how long to measure; default 5")
     arguments_parser.add_argument("--threads", type=int, default=0, help="of the processor; default: as many as cores")
-    arguments = arguments_parser.parse_args()
+    arguments = arguments_parser.parse_intermixed_args()
     if arguments.size and min(arguments.size) < 1:
         raise ValueError(f"--size {arguments.size}: height and width in pixels, such as --size 360 480")
     if arguments.batch < 1 or arguments.seconds <= 0 or arguments.threads < 0:

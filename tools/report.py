@@ -11,7 +11,7 @@ def main() -> int:
     arguments_parser.add_argument(
         "runs", metavar="RUN", nargs="+", type=Path, help="run folders, such as runs/shapes_dense"
     )
-    arguments = arguments_parser.parse_args()
+    arguments = arguments_parser.parse_intermixed_args()
     from dance_seg.report.run_page import write_report
 
     for folder in arguments.runs:

@@ -7,7 +7,7 @@ def main() -> int:
     """Print the distribution of complexity, the simplest and most complex images, and the plan over the epochs."""
     arguments_parser = parser(__doc__, figures=True)
     add_recipe(arguments_parser)
-    arguments = arguments_parser.parse_args()
+    arguments = arguments_parser.parse_intermixed_args()
     from dance_seg.recipe import load_recipe
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)

@@ -10,7 +10,7 @@ def main() -> int:
     arguments_parser = parser(__doc__)
     add_recipe(arguments_parser)
     arguments_parser.add_argument("--runs", metavar="DIR", type=Path, default=Path("runs"), help="where runs are kept")
-    arguments = arguments_parser.parse_args()
+    arguments = arguments_parser.parse_intermixed_args()
     from dance_seg.recipe import load_recipe
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)

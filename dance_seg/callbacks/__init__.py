@@ -1,0 +1,21 @@
+"""Hooks around the training step; each fetches, calls a function of the methods, and logs."""
+
+from dance_seg.callbacks.checkpoints import Checkpoints, checkpoint_of
+from dance_seg.callbacks.cuts import NetworkCuts
+from dance_seg.callbacks.ledger import CostLedger, write_cost
+from dance_seg.callbacks.pictures import Pictures
+from dance_seg.callbacks.plan import PlanInLog
+from dance_seg.callbacks.resume import ExactResume
+from dance_seg.callbacks.statistics import ReestimatedStatistics
+
+__all__ = [
+    "Checkpoints",
+    "CostLedger",
+    "ExactResume",
+    "NetworkCuts",
+    "Pictures",
+    "PlanInLog",
+    "ReestimatedStatistics",
+    "checkpoint_of",
+    "write_cost",
+]

@@ -1,0 +1,95 @@
+"""Which checkpoints a run keeps, and which of them a reader takes."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pytorch_lightning import Callback, LightningModule, Trainer
+
+from dance_seg.checkpoint import load_checkpoint, newest_valid
+
+LOOK_EVERY = 8  # steps between two looks at the clock, which ranks have to agree on
+
+
+class Checkpoints(Callback):
+    """Saves the newest state every few minutes and after each validation, and the best validated one in the tail.
+
+    Two of the newest are kept, so that one is always whole. A checkpoint is never written between the last batch of
+    an epoch and its validation: a run killed there does the last steps again rather than lose the figures.
+    """
+
+    def __init__(self, folder: Path, every_minutes: float, may_choose: Callable[[int], bool], record: dict[str, Any]):
+        self.folder = folder
+        self.every_seconds = every_minutes * 60
+        self.may_choose = may_choose
+        self.record = record  # what a reader of the checkpoint needs: recipe, labels, complexity table
+        self.best_miou: float | None = None
+        self._saved_at = time.monotonic()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The best score so far."""
+        return {"best_miou": self.best_miou}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """The best score of the run that is resumed."""
+        self.best_miou = state_dict["best_miou"]
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Put in what a reader of the checkpoint needs."""
+        checkpoint["dance_seg"] = self.record
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The last epoch is validated whatever `validate_every` says."""
+        if trainer.current_epoch + 1 == trainer.max_epochs:
+            trainer.check_val_every_n_epoch = 1
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Save when it is time and the optimiser has just stepped."""
+        last = batch_idx + 1 >= trainer.num_training_batches
+        steps, waiting = divmod(batch_idx + 1, trainer.accumulate_grad_batches)  # gradients that wait are not saved
+        looked_at = steps % LOOK_EVERY == 0 or not self.every_seconds
+        if looked_at and not waiting and not last and self._is_due(trainer):
+            self.save(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Choose the best, then save the newest: by time, after a choice, and at the end."""
+        validated = (trainer.current_epoch + 1) % trainer.check_val_every_n_epoch == 0  # type: ignore[operator]
+        miou = trainer.callback_metrics.get("val/miou")
+        chosen = validated and miou is not None and self.may_choose(trainer.current_epoch)
+        if chosen and (self.best_miou is None or float(miou) > self.best_miou):  # type: ignore[arg-type]
+            self.best_miou = float(miou)  # type: ignore[arg-type]
+            trainer.save_checkpoint(self.folder / "best.ckpt", weights_only=False)
+        due = self._is_due(trainer)  # by every rank, since it may ask them all
+        if due or validated or trainer.current_epoch + 1 == trainer.max_epochs:
+            self.save(trainer)
+
+    def _is_due(self, trainer: Trainer) -> bool:
+        due = time.monotonic() - self._saved_at >= self.every_seconds
+        # One clock decides for all, or ranks would wait for one another.
+        return bool(trainer.strategy.broadcast(due)) if trainer.world_size > 1 else due
+
+    def save(self, trainer: Trainer) -> None:
+        """Write the newest state and let the third newest go."""
+        path = self.folder / f"step-{trainer.global_step:08d}.ckpt"
+        trainer.save_checkpoint(path, weights_only=False)
+        if trainer.is_global_zero:
+            for old in sorted(self.folder.glob("step-*.ckpt"))[:-2]:
+                old.unlink()
+        self._saved_at = time.monotonic()
+
+
+def checkpoint_of(folder: Path, choice: str) -> tuple[Path, dict[str, Any]]:
+    """The `best`, the `last` or a named checkpoint of a run folder, with what it holds.
+
+    Raises CheckpointError or ValueError when there is none or it is damaged.
+    """
+    if choice == "best" and (folder / "best.ckpt").is_file():
+        return folder / "best.ckpt", load_checkpoint(folder / "best.ckpt")
+    if choice in ("best", "last"):
+        found = newest_valid(folder, "step-*.ckpt")
+        if found is None:
+            raise ValueError(f"{folder} holds no checkpoint; train first: python -m tools.train RECIPE")
+        return found
+    path = Path(choice)
+    return path, load_checkpoint(path)

@@ -1,0 +1,139 @@
+"""Network slimming while a run trains: when a cut is due, and what is renewed after it."""
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+from pytorch_lightning import Callback, Trainer
+from pytorch_lightning.utilities.rank_zero import rank_zero_info
+from torch import Tensor
+
+from dance_seg.batch_norm import reestimate_batch_norm
+from dance_seg.callbacks.ledger import CostLedger
+from dance_seg.module import write_figures
+from dance_seg.network_slimming.importance import channels_to_keep, importance
+from dance_seg.network_slimming.schedule import MaskDistance, NetworkSlimming, planned_cuts
+from dance_seg.network_slimming.slim import Size, size_of, slimmable
+
+
+class NetworkCuts(Callback):
+    """Lets the module cut its network before the first batch of an epoch in which a cut is due.
+
+    A cut is a function of the state at the end of an epoch, so a run that is resumed there makes the same one. After
+    it the optimiser steps on the smaller tensors, and the DDP wrapper and the ledger's counts are made anew.
+    """
+
+    def __init__(
+        self,
+        options: NetworkSlimming,
+        input_size: tuple[int, int],
+        epochs: int,
+        seed: int,
+        ledger: CostLedger,
+        images: Callable[[], Iterable[Tensor]],
+        labelled: Callable[[], Iterable[tuple[Tensor, Tensor]]],
+    ) -> None:
+        self.options, self.input_size, self.epochs, self.seed = options, input_size, epochs, seed
+        self.ledger, self.images, self.labelled = ledger, images, labelled
+        self.planned = planned_cuts(options, epochs)
+        self.full: Size | None = None
+        self.cut_in: list[int] = []  # the epochs before which a cut was made
+        self.masks = MaskDistance()
+        self.settled = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """The full size that shares are taken of, the cuts made, and the masks of the last epochs."""
+        full = asdict(self.full) if self.full else None
+        return {"full": full, "cut_in": list(self.cut_in), "masks": list(self.masks.masks), "settled": self.settled}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where `state_dict` was."""
+        self.full = Size(**state_dict["full"]) if state_dict["full"] else None
+        self.cut_in = [int(epoch) for epoch in state_dict["cut_in"]]
+        self.masks, self.settled = MaskDistance(state_dict["masks"]), bool(state_dict["settled"])
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Take the measure of the full network, once."""
+        if self.full is None:
+            self.full = size_of(pl_module.model, self.options, self.input_size)
+            sizes = trainer.strategy.broadcast(self.full) if trainer.world_size > 1 else self.full
+            self.full = sizes  # a latency that rank 0 has measured
+        self._prepare(pl_module)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Cut when a cut is due, and has not been made by the run that is resumed."""
+        epoch = trainer.current_epoch
+        share = self.due(epoch)
+        if share is not None:
+            self._cut(trainer, pl_module, share)
+            self.cut_in.append(epoch)
+            self._prepare(pl_module)
+
+    def due(self, epoch: int) -> float | None:
+        """The share that is to be left before an epoch begins; None when no cut is due."""
+        if epoch in self.cut_in:
+            return None
+        if self.options.schedule == "progressive":
+            return next((cut.share for cut in self.planned if cut.epoch == epoch), None)
+        late = epoch / self.epochs >= self.options.end - 1e-9
+        return self.options.keep if not self.cut_in and epoch and (self.settled or late) else None
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Compare this epoch's mask with those before it, where the masks decide when to cut."""
+        progress = (trainer.current_epoch + 1) / self.epochs
+        if self.options.schedule != "mask_distance" or self.cut_in or progress < self.options.start:
+            return
+        scores = importance(pl_module.model, self.groups, self.options.importance, seed=self.seed)
+        kept = channels_to_keep(self.groups.groups, scores, self.options.keep, scope=self.options.scope, round_to=1)
+        mask = np.concatenate(
+            [np.isin(np.arange(group.channels), stay) for group, stay in zip(self.groups, kept, strict=True)]
+        )
+        self.settled = self.masks.settled(mask)
+
+    def _prepare(self, pl_module: Any) -> None:
+        """Find what can be cut next; the penalty prepares those channels, and ends with the last cut."""
+        self.groups = slimmable(pl_module.model, self.options, self.input_size)
+        all_made = len(self.cut_in) >= (len(self.planned) if self.planned else 1)
+        pl_module.set_sparsity(0.0 if all_made else self.options.sparsity, self.groups)
+
+    def _cut(self, trainer: Trainer, pl_module: Any, share: float) -> None:
+        began = time.perf_counter()
+        macs = 0
+
+        def charged(batches: Iterable[Any]) -> Iterable[Any]:
+            nonlocal macs
+            for batch in batches:
+                images = batch[0] if isinstance(batch, tuple) else batch
+                cost = self.ledger.training_cost((images.shape[-2], images.shape[-1]))
+                macs += len(images) * (cost.macs if isinstance(batch, tuple) else cost.forward_macs)
+                yield batch
+
+        pl_module.slim(
+            self.options,
+            share=share,
+            input_size=self.input_size,
+            full=self.full,
+            seed=self.seed + trainer.current_epoch,
+            labelled=charged(self.labelled()) if self.options.importance == "taylor" else None,
+        )
+        self.ledger.renew(pl_module.model)
+        reestimate_batch_norm(pl_module.model, (images.to(pl_module.device) for images in charged(self.images())))
+        renew = getattr(trainer.strategy, "renew", None)
+        if renew is not None:
+            renew()
+        now = size_of(pl_module.model, self.options, self.input_size)
+        assert self.full is not None
+        figures = {
+            "slim/macs": now.macs / self.full.macs,
+            "slim/channels": now.channels / self.full.channels,
+            "slim/gmacs": now.macs / 1e9,
+            "slim/parameters": sum(parameter.numel() for parameter in pl_module.model.parameters()),
+        }
+        write_figures(pl_module, figures)
+        rank_zero_info(
+            f"epoch {trainer.current_epoch}: the network was cut to {figures['slim/macs']:.2f} of its MACs and "
+            f"{figures['slim/channels']:.2f} of its channels"
+        )
+        self.ledger.charge("cuts", time.perf_counter() - began, macs)

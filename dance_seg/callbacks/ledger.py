@@ -1,0 +1,107 @@
+"""What the run spends, written down while it does."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from pytorch_lightning import Callback, LightningModule, Trainer
+
+from dance_seg.cost.ledger import Ledger, MacsPerSize, merge_ranks
+from dance_seg.cost.macs import Cost, TrainingCost, count_macs
+from dance_seg.distributed import gather, rank
+from dance_seg.machine import write_text
+from dance_seg.module import write_figures
+from dance_seg.sample import Batch
+
+
+class CostLedger(Callback):
+    """Keeps the ledger: what each step costs at its true size, and what the run's overheads cost."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self.ledger = Ledger()
+        self.folder = folder
+        self._macs: MacsPerSize | None = None
+        self._mark = 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """The ledger of all ranks together, as plain data; every rank takes part."""
+        return merge_ranks(gather(self.ledger)).as_record()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """The ledger of the run that is resumed: rank 0 goes on with what all ranks had spent."""
+        self.ledger = Ledger.from_record(state_dict) if rank() == 0 else Ledger()
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Charge what came before the first step, once."""
+        self._macs = MacsPerSize(pl_module.model)
+        if trainer.global_step == 0:
+            for kind, seconds in trainer.datamodule.charges.items():  # type: ignore[attr-defined]
+                self.ledger.add(kind, seconds=seconds)
+        self._mark = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        """Charge a step: MACs at its size, and the seconds since the last one, waiting for data included."""
+        assert self._macs is not None
+        images, (height, width) = len(batch.weights), batch.images.shape[-2:]
+        cost = self._macs((height, width))
+        now = time.perf_counter()
+        self.ledger.add_step(
+            images=images,
+            pixels=images * height * width,
+            macs_forward=images * cost.forward_macs,
+            macs_backward=images * cost.backward_macs,
+            seconds=now - self._mark,
+            decodes=batch.decodes,
+        )
+        self._mark = now
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Validation is timed apart."""
+        self._validation_began = time.perf_counter()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Validation is no training cost."""
+        self._mark = time.perf_counter()
+        self.ledger.add("validation", seconds=self._mark - self._validation_began)
+
+    def training_cost(self, size: tuple[int, int]) -> TrainingCost:
+        """MACs of one image, forward and backward, at a size."""
+        assert self._macs is not None
+        return self._macs(size)
+
+    def renew(self, model: Any) -> None:
+        """Count the steps to come anew: the network has another structure now."""
+        assert self._macs is not None
+        self._macs.renew(model)
+
+    def charge(self, kind: str, seconds: float, macs: int) -> None:
+        """Charge work between two steps under its own name; the next step's clock begins after it."""
+        self.ledger.add(kind, seconds=seconds, macs=macs)
+        self._mark = time.perf_counter()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Charge the images that were offered and dropped; write and log the sums."""
+        if trainer.is_global_zero:  # the plan is of all ranks together
+            summary = trainer.datamodule.schedule[trainer.current_epoch]  # type: ignore[attr-defined]
+            self.ledger.add_offered(summary.images_offered)
+            self.ledger.add_dropped(summary.images_dropped)
+        spent = merge_ranks(gather(self.ledger))
+        write_figures(pl_module, spent.summary())
+        if self.folder is not None and trainer.is_global_zero:
+            cost = count_macs(pl_module.evaluated_model, trainer.datamodule.crop)  # type: ignore[attr-defined]
+            write_cost(self.folder / "cost.json", spent, cost)
+
+
+def write_cost(path: Path, spent: Ledger, cost: Cost) -> None:
+    """Write cost.json: what training spent, and what one forward pass costs."""
+    record = {
+        "training": spent.summary(),
+        "inference": {
+            "gmacs": cost.macs / 1e9,
+            "parameters": cost.parameters,
+            "input_size": list(cost.input_size),
+            "uncounted": list(cost.uncounted),
+        },
+    }
+    write_text(path, json.dumps(record, indent=2) + "\n")

@@ -1,0 +1,53 @@
+"""Which channels of a network must be cut together, for any network that runs on images."""
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import nn
+
+from dance_seg.cost.macs import collect, without_values
+from dance_seg.network_slimming.channels import Group, Groups
+from dance_seg.network_slimming.surgery import cut
+from dance_seg.network_slimming.trace import trace_groups
+
+
+def find_groups(model: nn.Module, input_size: tuple[int, int], *, in_channels: int = 3) -> Groups:
+    """The groups of channels of a model that takes images (N, 3, H, W), without running it on any value.
+
+    A group that the trace found and the network cannot lose channels of, since its code remembers a width, stays as it
+    is and is listed among the frozen. The model is left as it is. Raises whatever the model raises for a size it cannot
+    take, and ValueError when nothing can be cut.
+
+    >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 1))
+    >>> [group.channels for group in find_groups(model, (8, 8))]
+    [8]
+    """
+    found = trace_groups(model, input_size, in_channels=in_channels)
+    if _failure(model, found.groups, input_size, in_channels) is not None:
+        sound, frozen = [], list(found.frozen)
+        for group in found:
+            failure = _failure(model, (group,), input_size, in_channels)
+            if failure is None:
+                sound.append(group)
+            else:
+                frozen.append(f"{group.name}: its network remembers the width: {failure}")
+        found = replace(found, groups=tuple(sound), frozen=tuple(frozen))
+    if not len(found):
+        raise ValueError(f"no channel of this network can be cut: {'; '.join(found.frozen) or 'it has no convolution'}")
+    return found
+
+
+def _failure(model: nn.Module, groups: tuple[Group, ...], input_size: tuple[int, int], in_channels: int) -> str | None:
+    """How the network fails when each group loses every third channel; None when it does not."""
+    copied = without_values(model).eval()
+    images = torch.empty(2, in_channels, *input_size, device="meta")
+    with torch.no_grad():
+        shape = [tuple(output.shape) for output in collect(copied(images))]
+        try:
+            kept = [np.flatnonzero(np.arange(group.channels) % 3 != 1) for group in groups]
+            cut(copied, groups, kept)
+            shape_cut = [tuple(output.shape) for output in collect(copied(images))]
+        except Exception as error:  # whatever a network raises
+            return str(error).splitlines()[0] if str(error) else type(error).__name__
+    return None if shape_cut == shape else f"its output becomes {shape_cut} instead of {shape}"

@@ -1,0 +1,150 @@
+"""How much each channel matters, and which of them stay.
+
+A group's channels are scored together, over all tensors that make them. Scores come from the weights, which are equal
+on all ranks, or from gradients, which are summed over the ranks first: each rank must cut the same channels.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from dance_seg.distributed import sum_over_ranks
+from dance_seg.network_slimming.channels import Group, Member
+from dance_seg.randomness import Stream, generator
+
+Measure = Literal["bn_scale", "magnitude", "taylor", "random"]
+MEASURES: tuple[Measure, ...] = ("bn_scale", "magnitude", "taylor", "random")
+
+
+def importance(
+    model: nn.Module, groups: Iterable[Group], measure: Measure, *, seed: int = 0
+) -> list[np.ndarray | None]:
+    """One score per channel (float64, higher matters more) for each group; None where the measure says nothing.
+
+    bn_scale: mean |gamma| of the batch and group norms that scale the channel (network slimming, arXiv 1708.06519).
+    magnitude: root mean square of the weights that make it, over that of its group, since layers differ in scale.
+    taylor: |sum of weight x gradient| over what makes it, from the gradients that the parameters hold now, which are
+    averaged over ranks by DDP (first-order Taylor, arXiv 1906.10771). random: the control.
+
+    Raises ValueError for a measure that says nothing of any group, such as bn_scale without a norm.
+    """
+    parameters, scales = dict(model.named_parameters()), norm_scales(model)
+    scores: list[np.ndarray | None] = []
+    for number, group in enumerate(groups):
+        makers = [member for member in group.members if not member.reads and member.tensor in parameters]
+        if measure == "random":
+            scores.append(generator(seed, Stream.CUTS, number).random(group.channels))
+        elif measure == "bn_scale":
+            found = [_per_channel(parameters[m.tensor].detach().abs(), m) for m in makers if m.tensor in scales]
+            scores.append(np.mean(found, axis=0) if found else None)
+        elif measure == "magnitude":
+            weights = [m for m in makers if parameters[m.tensor].ndim > 1] or makers
+            squares = np.mean([_per_channel(parameters[m.tensor].detach() ** 2, m) for m in weights], axis=0)
+            scores.append(np.sqrt(squares / max(float(squares.mean()), 1e-30)))
+        else:
+            scores.append(_taylor(parameters, makers))
+    if all(score is None for score in scores):
+        why = {
+            "bn_scale": "no group has a batch or group norm; choose magnitude or taylor",
+            "taylor": "no parameter has a gradient; run a backward pass first, or choose magnitude",
+        }[measure]
+        raise ValueError(f"network_slimming.importance is {measure}: {why}")
+    return scores
+
+
+def _taylor(parameters: dict[str, nn.Parameter], makers: Sequence[Member]) -> np.ndarray | None:
+    total = None
+    for member in makers:
+        parameter = parameters[member.tensor]
+        if parameter.grad is not None:
+            product = _per_channel(parameter.detach() * sum_over_ranks(parameter.grad), member, mean=False)
+            total = product if total is None else total + product
+    return None if total is None else np.abs(total)
+
+
+def _per_channel(values: Tensor, member: Member, *, mean: bool = True) -> np.ndarray:
+    """The mean or sum of a tensor over everything that belongs to each channel of a member."""
+    rows = values.movedim(member.dim, 0).flatten(1) if values.ndim > 1 else values[:, None]
+    rows = rows.double()
+    per_position = (rows.mean(1) if mean else rows.sum(1)).cpu().numpy()[member.positions]
+    return per_position.mean(1) if mean else per_position.sum(1)
+
+
+def norm_scales(model: nn.Module) -> set[str]:
+    """The names of the scales (gamma) of all batch and group norms."""
+    return {
+        f"{path}.weight" if path else "weight"
+        for path, module in model.named_modules()
+        if isinstance(module, _BatchNorm | nn.GroupNorm) and module.weight is not None
+    }
+
+
+def scales_of(model: nn.Module, groups: Iterable[Group]) -> list[nn.Parameter]:
+    """The scales (gamma) of the norms of the channels that may be cut, on which a sparsity penalty acts."""
+    parameters, scales = dict(model.named_parameters()), norm_scales(model)
+    return [parameters[name] for name in sorted({m.tensor for group in groups for m in group.members} & scales)]
+
+
+def absolute_sum(scales: Sequence[Tensor]) -> Tensor | float:
+    """Sum of |gamma| over all scales: an L1 penalty, which drives some of them to zero.
+
+    As a loss it pulls each scale towards zero at the same rate (network slimming, arXiv 1708.06519).
+
+    >>> absolute_sum([torch.tensor([1.0, -2.0]), torch.tensor([3.0])])
+    tensor(6.)
+    """
+    return torch.cat(list(scales)).abs().sum() if scales else 0.0
+
+
+def channels_to_keep(
+    groups: Sequence[Group],
+    scores: Sequence[np.ndarray | None],
+    fraction: float,
+    *,
+    scope: Literal["global", "group"] = "global",
+    minimum: int = 8,
+    round_to: int = 8,
+) -> list[np.ndarray]:
+    """The channels of each group that stay when `fraction` of all scored channels is to be kept: the highest scores.
+
+    global: one ranking over all groups, so that the network finds its own widths; group: each keeps that fraction.
+    Widths are rounded to multiples of `round_to` positions, since odd widths are slower than wider even ones, and are
+    never below `minimum` positions or above what there is. Groups without a score stay as they are.
+
+    >>> group = Group("conv.weight", (Member("conv.weight", 0, np.arange(16)[:, None], False),))
+    >>> channels_to_keep([group], [np.arange(16.0)], 0.5)[0].tolist()
+    [8, 9, 10, 11, 12, 13, 14, 15]
+    """
+    scored = [score for score in scores if score is not None]
+    threshold = -np.inf
+    if scope == "global" and scored:
+        everything = np.sort(np.concatenate(scored))
+        cut_off = len(everything) - int(len(everything) * fraction + 0.5)
+        threshold = everything[cut_off] if cut_off < len(everything) else np.inf
+    kept = []
+    for group, score in zip(groups, scores, strict=True):
+        if score is None:
+            kept.append(np.arange(group.channels))
+            continue
+        wanted = float((score >= threshold).sum()) if scope == "global" else fraction * group.channels
+        count = rounded_width(wanted, group.channels, group.unit, minimum, round_to)
+        kept.append(np.sort(np.argsort(-score, kind="stable")[:count]))
+    return kept
+
+
+def rounded_width(wanted: float, channels: int, unit: int, minimum: int, round_to: int) -> int:
+    """The number of channels nearest to `wanted` whose positions (`unit` each) are a multiple of `round_to`.
+
+    >>> [rounded_width(n, channels=64, unit=1, minimum=8, round_to=8) for n in (0, 13, 60, 64)]
+    [8, 16, 64, 64]
+    >>> rounded_width(5, channels=10, unit=1, minimum=8, round_to=8)
+    8
+    """
+    step = round_to // np.gcd(round_to, unit)  # channels that together take a multiple of round_to positions
+    count = int(step * np.floor(wanted / step + 0.5))
+    least = -(-minimum // unit)
+    return int(min(channels, max(count, least)))
