@@ -8,7 +8,7 @@ RECIPE ?= recipes/shapes_data_slimming.yaml
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all check format goldens train clean
+.PHONY: help setup demo four-rows test test-all check format goldens train clean
 
 help:  ## list the targets
 	@grep -hE '^[a-zA-Z_%-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-22s %s\n", $$1, $$2}'
@@ -51,8 +51,11 @@ train: setup  ## train RECIPE=recipes/... with ARGS="key=value ..."
 train-%: setup  ## train recipes/%.yaml, such as make train-camvid_data_slimming ARGS="data.args.root=DIR"
 	$(RUN) -m tools.train recipes/$*.yaml $(ARGS)
 
-bench-%: setup  ## measure a benchmark: pipeline, complexity, evaluator or epoch
+bench-%: setup  ## measure a benchmark: pipeline, complexity, evaluator, epoch or slimming
 	$(RUN) -m tools.bench.$*
+
+four-rows: setup  ## dense, data, network, both and their controls on CamVid: ROOT=DIR ARGS="--seeds 0 1 key=value ..." (hours)
+	$(RUN) -m tools.bench.four_rows $(if $(ROOT),--root $(ROOT)) $(ARGS)
 
 clean:  ## remove what tests and tools cached here; runs/ stays
 	rm -rf .pytest_cache .mypy_cache .ruff_cache build *.egg-info

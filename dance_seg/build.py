@@ -136,6 +136,8 @@ def build_trainer(recipe: Recipe, datamodule: "SegmentationDataModule", folder: 
         ledger,
         datamodule.statistics_batches,
         datamodule.labelled_batches,
+        folder,
+        mirror,
     )
     return Trainer(
         accelerator=options.accelerator,

@@ -65,7 +65,7 @@ def test_the_library_example_trains_a_users_own_module_and_is_short(tmp_path, mo
     import torch
     from torch import nn
 
-    example = blocks("python")[0]
+    (example,) = (block for block in blocks("python") if "Trainer(" in block)
     assert len([line for line in example.splitlines() if line.strip()]) < 25
 
     class MySet(torch.utils.data.Dataset):
@@ -92,6 +92,25 @@ def test_the_library_example_trains_a_users_own_module_and_is_short(tmp_path, mo
     exec(compile(example, "README.md", "exec"), names)
     assert names["trainer"].current_epoch == 2
     assert names["trainer"].global_step == sum(summary.steps for summary in names["data"].schedule)
+
+
+def test_the_slimming_example_cuts_a_users_own_network_which_trains_on():
+    import torch
+    from torch import nn
+
+    (example,) = (block for block in blocks("python") if "slim(" in block)
+
+    def my_network():
+        return nn.Sequential(nn.Conv2d(3, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 3, 1))
+
+    names = {"torch": torch, "my_network": my_network}
+    exec(compile(example, "README.md", "exec"), names)
+    network, optimizer = names["network"], names["optimizer"]
+    assert network[0].out_channels == 16
+    network(torch.rand(2, 3, 64, 64)).square().mean().backward()
+    before = network[0].weight.detach().clone()
+    optimizer.step()
+    assert not torch.equal(network[0].weight, before)
 
 
 @pytest.mark.parametrize("line", re.findall(r"^[├└│ ─]*── ?(\S.*)$", README, flags=re.MULTILINE))

@@ -19,7 +19,7 @@ SHORT = (
     "data.args.crop=[64,64]",
     "data.args.cache_gb=0.1",
     "data.args.statistics_images=2",
-    "trainer.max_epochs=1",
+    "trainer.max_epochs=2",
     "trainer.accelerator=cpu",
     "trainer.precision=32-true",
     "trainer.log_every=1",
@@ -44,11 +44,24 @@ def test_a_recipe_takes_two_steps(path, tmp_path):
 
 
 @pytest.mark.parametrize("name", PAIRS)
-def test_a_dense_recipe_and_its_slimmed_twin_differ_only_in_data_slimming(name):
-    dense, slim = (load_recipe(path) for path in RECIPES[0].parent.glob(f"{name}_d*.yaml") if path.stem != "x")
-    if dense.data_slimming is not None:
-        dense, slim = slim, dense
-    assert dense.data_slimming is None
-    assert slim.data_slimming is not None
-    keys = {line.split(":")[0].split(".")[0] for line in recipe_differences(dense, slim)}
-    assert keys == {"name", "data_slimming"}
+def test_the_rows_of_a_comparison_differ_only_in_the_sections_they_are_about(name):
+    folder = RECIPES[0].parent
+    rows = {path.stem.removeprefix(f"{name}_"): load_recipe(path) for path in sorted(folder.glob(f"{name}_*.yaml"))}
+    dense = rows["dense"]
+    about = {
+        "dense": set(),
+        "data_slimming": {"data_slimming"},
+        "network_slimming": {"network_slimming"},
+        "dance": {"data_slimming", "network_slimming"},
+    }
+    for row, sections in about.items():
+        if row not in rows:  # a folder of one's own has no network half
+            assert name == "folder"
+            continue
+        for section in ("data_slimming", "network_slimming"):
+            assert (getattr(rows[row], section) is not None) == (section in sections)
+        keys = {line.split(":")[0].split(".")[0] for line in recipe_differences(dense, rows[row])}
+        assert keys == {"name", *sections} - (set() if sections else {"name"})
+    if "dance" in rows:
+        assert rows["dance"].data_slimming == rows["data_slimming"].data_slimming
+        assert rows["dance"].network_slimming == rows["network_slimming"].network_slimming

@@ -26,6 +26,17 @@ HARD = (
     "data_slimming.drop_rate=0.6",
     "data.args.num_train=22",
 )
+# The network is cut before epochs 1 and 2 of 4, first by half, so resuming meets a cut just before, at and after it.
+CUT = (
+    *HARD,
+    "trainer.max_epochs=4",
+    "network_slimming.keep=0.5",
+    "network_slimming.start=0.2",
+    "network_slimming.end=0.5",
+    "network_slimming.cuts=2",
+    "network_slimming.sparsity=0.001",
+    "network_slimming.branches=0.9",
+)
 
 
 def run(recipe, folder):
@@ -65,9 +76,18 @@ def final(folder):
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    """A run that keeps a copy of every checkpoint it writes."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    recipe = tiny(*HARD, slim=True, cache=folder / "cache")
+    """A run of data slimming that keeps a copy of every checkpoint it writes."""
+    return keeping_checkpoints(tmp_path_factory.mktemp("undisturbed"), HARD)
+
+
+@pytest.fixture(scope="module")
+def undisturbed_cut(tmp_path_factory):
+    """The same with a network that is cut twice."""
+    return keeping_checkpoints(tmp_path_factory.mktemp("undisturbed_cut"), CUT)
+
+
+def keeping_checkpoints(folder, overrides):
+    recipe = tiny(*overrides, slim=True, cache=folder / "cache")
     kept = folder / "kept"
     kept.mkdir()
     from dance_seg.callbacks import Checkpoints
@@ -97,27 +117,46 @@ def test_epochs_of_the_run_differ_in_length(undisturbed):
     assert min(steps) >= 2
 
 
-def test_resuming_at_the_first_a_middle_and_the_last_batch_ends_with_the_same_weights(undisturbed, tmp_path):
-    recipe, folder, kept = undisturbed
+def places_of(kept):
     places = {}
     for path in kept:
         place = load_checkpoint(path)["callbacks"]["ExactResume"]
         places[place["epoch"], place["batch"]] = path
+    return places
+
+
+def assert_resuming_ends_the_same(recipe, folder, checkpoint, again):
+    (again / "checkpoints").mkdir(parents=True)
+    shutil.copy(checkpoint, again / "checkpoints")
+    save_recipe(recipe, again / "recipe.yaml")
+    run(recipe, again)
+    assert_same(final(folder), final(again))
+    mine, theirs = (dict(final(f)["callbacks"]["CostLedger"]) for f in (again, folder))
+    counted = [key for key in mine if "second" not in key and "decode" not in key]
+    assert {key: mine[key] for key in counted} == {key: theirs[key] for key in counted}
+
+
+def test_resuming_at_the_first_a_middle_and_the_last_batch_ends_with_the_same_weights(undisturbed, tmp_path):
+    recipe, folder, kept = undisturbed
+    places = places_of(kept)
     broken = [place for place in places if place[1] > 0]
     chosen = {min(broken), broken[len(broken) // 2], max(broken), max(p for p in places if p[1] == 0 and p[0] < 3)}
     assert len(chosen) >= 3
     for place in sorted(chosen):
-        again = tmp_path / f"{place[0]}-{place[1]}"
-        (again / "checkpoints").mkdir(parents=True)
-        shutil.copy(places[place], again / "checkpoints")
-        save_recipe(recipe, again / "recipe.yaml")
-        run(recipe, again)
-        assert_same(final(folder), final(again))
-        mine, theirs = (dict(final(f)["callbacks"]["CostLedger"]) for f in (again, folder))
-        counted = [key for key in mine if "second" not in key and "decode" not in key]
-        assert {key: mine[key] for key in counted if not isinstance(mine[key], dict)} == {
-            key: theirs[key] for key in counted if not isinstance(theirs[key], dict)
-        }
+        assert_resuming_ends_the_same(recipe, folder, places[place], tmp_path / f"{place[0]}-{place[1]}")
+
+
+def test_resuming_right_before_at_and_after_a_cut_ends_with_the_same_smaller_weights(undisturbed_cut, tmp_path):
+    recipe, folder, kept = undisturbed_cut
+    places = places_of(kept)
+    full, cut = (load_checkpoint(path)["structure"]["shapes"] for path in (min(kept), max(kept)))
+    assert any(cut[name] != full[name] for name in cut)
+    last_before, at, first_after = max(p for p in places if p < (1, 0)), (1, 0), min(p for p in places if p > (1, 0))
+    assert load_checkpoint(places[at])["structure"]["shapes"] == full  # the cut opens the epoch
+    assert load_checkpoint(places[first_after])["structure"]["shapes"] != full
+    second = (2, 0)  # the network has been cut once and is about to be cut again
+    for place in (last_before, at, first_after, second):
+        assert_resuming_ends_the_same(recipe, folder, places[place], tmp_path / f"{place[0]}-{place[1]}")
 
 
 def test_another_seed_ends_elsewhere(undisturbed, tmp_path):

@@ -1,8 +1,10 @@
 """Network slimming while a run trains: when a cut is due, and what is renewed after it."""
 
+import json
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,10 +14,12 @@ from torch import Tensor
 
 from dance_seg.batch_norm import reestimate_batch_norm
 from dance_seg.callbacks.ledger import CostLedger
+from dance_seg.machine import write_text
 from dance_seg.module import write_figures
 from dance_seg.network_slimming.importance import channels_to_keep, importance
 from dance_seg.network_slimming.schedule import MaskDistance, NetworkSlimming, planned_cuts
 from dance_seg.network_slimming.slim import Size, size_of, slimmable
+from dance_seg.network_slimming.widths import layer_widths, widths_record
 
 
 class NetworkCuts(Callback):
@@ -34,24 +38,37 @@ class NetworkCuts(Callback):
         ledger: CostLedger,
         images: Callable[[], Iterable[Tensor]],
         labelled: Callable[[], Iterable[tuple[Tensor, Tensor]]],
+        folder: Path | None = None,
+        tracker: Any = None,
     ) -> None:
         self.options, self.input_size, self.epochs, self.seed = options, input_size, epochs, seed
         self.ledger, self.images, self.labelled = ledger, images, labelled
+        self.folder, self.tracker = folder, tracker
         self.planned = planned_cuts(options, epochs)
         self.full: Size | None = None
         self.cut_in: list[int] = []  # the epochs before which a cut was made
+        self.widths: dict[str, int] = {}  # of the full network's layers
+        self.history: list[dict[str, Any]] = []  # what each cut left
         self.masks = MaskDistance()
         self.settled = False
 
     def state_dict(self) -> dict[str, Any]:
         """The full size that shares are taken of, the cuts made, and the masks of the last epochs."""
-        full = asdict(self.full) if self.full else None
-        return {"full": full, "cut_in": list(self.cut_in), "masks": list(self.masks.masks), "settled": self.settled}
+        return {
+            "full": asdict(self.full) if self.full else None,
+            "widths": dict(self.widths),
+            "cut_in": list(self.cut_in),
+            "history": [dict(cut) for cut in self.history],
+            "masks": list(self.masks.masks),
+            "settled": self.settled,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where `state_dict` was."""
         self.full = Size(**state_dict["full"]) if state_dict["full"] else None
         self.cut_in = [int(epoch) for epoch in state_dict["cut_in"]]
+        self.widths = {str(name): int(width) for name, width in state_dict["widths"].items()}
+        self.history = [dict(cut) for cut in state_dict["history"]]
         self.masks, self.settled = MaskDistance(state_dict["masks"]), bool(state_dict["settled"])
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
@@ -60,6 +77,7 @@ class NetworkCuts(Callback):
             self.full = size_of(pl_module.model, self.options, self.input_size)
             sizes = trainer.strategy.broadcast(self.full) if trainer.world_size > 1 else self.full
             self.full = sizes  # a latency that rank 0 has measured
+            self.widths = layer_widths(pl_module.model)
         self._prepare(pl_module)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
@@ -136,4 +154,11 @@ class NetworkCuts(Callback):
             f"epoch {trainer.current_epoch}: the network was cut to {figures['slim/macs']:.2f} of its MACs and "
             f"{figures['slim/channels']:.2f} of its channels"
         )
+        self.history.append({"epoch": trainer.current_epoch, **{key[5:]: value for key, value in figures.items()}})
+        record = widths_record(pl_module.model, self.widths) | {"cuts": self.history}
+        if self.folder is not None and trainer.is_global_zero:
+            write_text(self.folder / "widths.json", json.dumps(record, indent=1) + "\n")
+        if self.tracker is not None:
+            shares = np.array([now / full for full, now in record["layers"].values()])
+            self.tracker.log_histogram("slim/kept_of_each_layer", shares, trainer.global_step)
         self.ledger.charge("cuts", time.perf_counter() - began, macs)

@@ -16,8 +16,8 @@ Anything else is listed as uncounted, and a count with such a list is a lower bo
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import dataclass, field
 from math import prod
@@ -117,7 +117,7 @@ def counted(
     model: nn.Module, run: Callable[[nn.Module, Tensor, "OperationCounter"], None], shape: tuple[int, ...]
 ) -> "OperationCounter":
     """The operations of `run(copy of the model, images, counter)`, on the meta device wherever that is possible."""
-    with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
+    with torch.inference_mode(False), torch.random.fork_rng(devices=[]), usual_kernels():
         with suppress(Exception):
             counter = OperationCounter()
             run(without_values(model), torch.empty(shape, device="meta"), counter)
@@ -127,6 +127,22 @@ def counted(
         counter = OperationCounter()
         run(deepcopy(unwrapped(model)).cpu(), torch.zeros(shape), counter)
         return counter
+
+
+@contextmanager
+def usual_kernels() -> Iterator[None]:
+    """Torch as it is by default. When told to be deterministic it takes interpolation on a device without values
+    apart into single steps, which are neither what runs nor what a look at a network expects.
+    """
+    deterministic, warn_only = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

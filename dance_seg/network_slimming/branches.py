@@ -5,15 +5,16 @@ matter little beside those of its siblings is replaced by zeros, so that its ari
 network computes what it would with that branch silenced.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dance_seg.cost.macs import collect, without_values
+from dance_seg.cost.macs import collect, usual_kernels, without_values
 from dance_seg.network_slimming.channels import Groups
-from dance_seg.network_slimming.surgery import cut
+from dance_seg.network_slimming.importance import norm_scales
+from dance_seg.network_slimming.surgery import cut, forget
 
 # Classes of segmentation-models-pytorch that hold sibling branches, and where. Any other module says so by an
 # attribute `multi_scale = True` on the nn.ModuleList of its branches.
@@ -66,13 +67,14 @@ def weak_branches(model: nn.Module, groups: Groups, scores: Sequence[np.ndarray 
     """The branches whose channels score less than `below` times the mean of their siblings'; one of them always stays.
 
     A branch's score is the mean over the channels that leave it: those of the last group it makes by itself, or, where
-    its output is added to that of its siblings, of its own last weights in the group they share.
+    its output is added to that of its siblings, the mean size of its own last scales in the group they share, or of its
+    last weights there if no norm scales them.
     """
     weak = []
-    parameters = dict(model.named_parameters())
+    parameters, scales = dict(model.named_parameters()), norm_scales(model)
     for siblings in find_branches(model):
         present = [path for path in siblings if not isinstance(model.get_submodule(path), Absent)]
-        values = {path: _branch_score(path, parameters, groups, scores) for path in present}
+        values = {path: _branch_score(path, parameters, scales, groups, scores) for path in present}
         known = {path: value for path, value in values.items() if value is not None}
         if len(known) < 2:
             continue
@@ -84,7 +86,11 @@ def weak_branches(model: nn.Module, groups: Groups, scores: Sequence[np.ndarray 
 
 
 def _branch_score(
-    path: str, parameters: dict[str, nn.Parameter], groups: Groups, scores: Sequence[np.ndarray | None]
+    path: str,
+    parameters: dict[str, nn.Parameter],
+    scales: set[str],
+    groups: Groups,
+    scores: Sequence[np.ndarray | None],
 ) -> float | None:
     """The mean score of the channels that a branch gives to what comes after it."""
     last: float | None = None
@@ -96,15 +102,22 @@ def _branch_score(
         if len(inside) == len(makers):
             last = float(score.mean())
         else:  # shared with its siblings: what this branch adds is scaled by its own weights only
-            scale = next((m for m in reversed(inside) if parameters[m.tensor].ndim == 1), inside[-1])
-            return float(parameters[scale.tensor].detach().abs().mean())
+            scaled = [m for m in inside if m.tensor in scales]
+            own = scaled or [m for m in inside if parameters[m.tensor].ndim > 1] or inside
+            return float(parameters[own[-1].tensor].detach().abs().mean())
     return last
 
 
 def remove_branch(
-    model: nn.Module, path: str, groups: Groups, input_size: tuple[int, int], *, minimum: int = 8
+    model: nn.Module,
+    path: str,
+    groups: Groups,
+    input_size: tuple[int, int],
+    *,
+    minimum: int = 8,
+    optimizers: Iterable[torch.optim.Optimizer] = (),
 ) -> None:
-    """Replace a branch by zeros, in place, and whatever fed it alone.
+    """Replace a branch by zeros, in place, and whatever fed it alone; optimisers follow.
 
     Where its output is joined to others, what reads it shrinks to `minimum` channels of zeros. The groups of the model
     change: find them anew. Raises ValueError when the branch is the last of its siblings.
@@ -120,10 +133,12 @@ def remove_branch(
     for group in groups:
         own = all(m.reads or m.tensor.startswith(f"{path}.") for m in group.members)
         kept.append(np.arange(min(-(-minimum // group.unit), group.channels) if own else group.channels))
-    cut(model, groups, kept)
+    optimizers = list(optimizers)
+    cut(model, groups, kept, optimizers)
     _replace(model, path, input_size)
     while (dead := _fed_to_nothing(model, input_size)) is not None:
         _replace(model, dead, input_size)
+    forget(optimizers, model)
 
 
 def put_absent(model: nn.Module, path: str, absent: Absent) -> None:
@@ -133,6 +148,7 @@ def put_absent(model: nn.Module, path: str, absent: Absent) -> None:
     setattr(owner, name, absent)
 
 
+@usual_kernels()
 def _replace(model: nn.Module, path: str, input_size: tuple[int, int]) -> None:
     shapes = []
     for factor in (1, 2):
@@ -152,15 +168,24 @@ def _replace(model: nn.Module, path: str, input_size: tuple[int, int]) -> None:
     put_absent(model, path, absent)
 
 
+@usual_kernels()
 def _fed_to_nothing(model: nn.Module, input_size: tuple[int, int]) -> str | None:
-    """The outermost submodule that runs and that the output does not depend on; None when there is none."""
+    """The outermost submodule that runs on maps and that the output does not depend on; None when there is none."""
     copied = without_values(model).eval()
+    maps: set[nn.Module] = set()  # that run on a feature map and make one, so that zeros can stand for it
+
+    def note(module: nn.Module, inputs: tuple[object, ...], output: object) -> None:
+        if inputs and all(isinstance(value, Tensor) and value.ndim == 4 for value in (inputs[0], output)):
+            maps.add(module)
+
+    for module in copied.modules():
+        module.register_forward_hook(note)
     for parameter in copied.parameters():
-        parameter.grad = None
+        parameter.requires_grad_(True)  # an average of weights is told the same as what it is the average of
     outputs = collect(copied(torch.empty(2, 3, *input_size, device="meta")))
     torch.autograd.backward(outputs, [torch.ones_like(output) for output in outputs])
     for path, module in copied.named_modules():
-        learnt = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        if learnt and all(parameter.grad is None for parameter in learnt):
+        weights = list(module.parameters())
+        if module in maps and weights and all(parameter.grad is None for parameter in weights):
             return path
     return None

@@ -1,12 +1,14 @@
 """Which channels of a network must be cut together, for any network that runs on images."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from dance_seg.cost.macs import collect, without_values
+from dance_seg.cost.macs import collect, usual_kernels, without_values
 from dance_seg.network_slimming.channels import Group, Groups
 from dance_seg.network_slimming.surgery import cut
 from dance_seg.network_slimming.trace import trace_groups
@@ -38,16 +40,38 @@ def find_groups(model: nn.Module, input_size: tuple[int, int], *, in_channels: i
     return found
 
 
+@usual_kernels()
 def _failure(model: nn.Module, groups: tuple[Group, ...], input_size: tuple[int, int], in_channels: int) -> str | None:
     """How the network fails when each group loses every third channel; None when it does not."""
     copied = without_values(model).eval()
     images = torch.empty(2, in_channels, *input_size, device="meta")
     with torch.no_grad():
-        shape = [tuple(output.shape) for output in collect(copied(images))]
+        with _Numbers() as numbers:
+            shape = [tuple(output.shape) for output in collect(copied(images))]
         try:
             kept = [np.flatnonzero(np.arange(group.channels) % 3 != 1) for group in groups]
             cut(copied, groups, kept)
-            shape_cut = [tuple(output.shape) for output in collect(copied(images))]
+            with _Numbers() as numbers_cut:
+                shape_cut = [tuple(output.shape) for output in collect(copied(images))]
         except Exception as error:  # whatever a network raises
             return str(error).splitlines()[0] if str(error) else type(error).__name__
+    if numbers_cut.met != numbers.met:
+        return "it computes with the width as a number"
     return None if shape_cut == shape else f"its output becomes {shape_cut} instead of {shape}"
+
+
+class _Numbers(TorchDispatchMode):
+    """Collects the plain numbers that values are computed with, such as one over the root of a width."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.met: list[float] = []
+
+    def __torch_dispatch__(
+        self, operation: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Perform one operation and note its numbers."""
+        given = (*args, *(kwargs or {}).values())
+        if torch.Tag.pointwise in operation.tags:
+            self.met += [value for value in given if isinstance(value, int | float)]
+        return operation(*args, **(kwargs or {}))

@@ -43,6 +43,9 @@ def importance(
             scores.append(np.mean(found, axis=0) if found else None)
         elif measure == "magnitude":
             weights = [m for m in makers if parameters[m.tensor].ndim > 1] or makers
+            if not weights:  # made by buffers
+                scores.append(None)
+                continue
             squares = np.mean([_per_channel(parameters[m.tensor].detach() ** 2, m) for m in weights], axis=0)
             scores.append(np.sqrt(squares / max(float(squares.mean()), 1e-30)))
         else:
@@ -51,7 +54,7 @@ def importance(
         why = {
             "bn_scale": "no group has a batch or group norm; choose magnitude or taylor",
             "taylor": "no parameter has a gradient; run a backward pass first, or choose magnitude",
-        }[measure]
+        }.get(measure, "no group is made by parameters")
         raise ValueError(f"network_slimming.importance is {measure}: {why}")
     return scores
 

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 MASKS_COMPARED = 5  # Early-Bird tickets: the last five masks
-MASK_DISTANCE = 0.1  # differ from one another by less than a tenth (arXiv 1909.11957)
+MASK_DISTANCE = 0.1  # differ from the newest by less than a tenth (arXiv 1909.11957)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +91,7 @@ class MaskDistance:
         self.masks: deque[str] = deque(masks, maxlen=MASKS_COMPARED)  # as texts of 0 and 1, which a checkpoint can hold
 
     def settled(self, mask: np.ndarray) -> bool:
-        """Take in the mask of an epoch; whether the last five differ from one another by less than a tenth."""
+        """Take in the mask of an epoch; whether each of the four before it differs from it by less than a tenth."""
         self.masks.append("".join("1" if kept else "0" for kept in mask))
         if len(self.masks) < MASKS_COMPARED:
             return False

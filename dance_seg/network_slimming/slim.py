@@ -17,7 +17,7 @@ from dance_seg.network_slimming.groups import find_groups
 from dance_seg.network_slimming.importance import channels_to_keep, importance
 from dance_seg.network_slimming.schedule import NetworkSlimming
 from dance_seg.network_slimming.structure import structure_hash
-from dance_seg.network_slimming.surgery import Kept, cut, forget
+from dance_seg.network_slimming.surgery import Kept, cut
 
 _TRIES = 12  # halvings of the interval of shares: to a four-thousandth
 
@@ -100,13 +100,12 @@ def slim(
     share = options.keep if share is None else share
     full = full or size_of(model, options, input_size)
     models = [model, *followers]
-    _remove_weak_branches(models, options, input_size, seed)
+    _remove_weak_branches(models, options, input_size, seed, optimizers)
     groups = slimmable(model, options, input_size)
     scores = importance(model, groups, options.importance, seed=seed)
     kept = _kept_for_share(model, options, groups, scores, share, input_size, full)
     for number, each in enumerate(models):
         cut(each, groups, kept, optimizers if number == 0 else ())
-    forget(optimizers, model)
     hashes = gather(structure_hash(model))
     if len(set(hashes)) > 1:
         raise RuntimeError(f"the ranks have cut different channels: {hashes}; their weights differed before the cut")
@@ -114,7 +113,11 @@ def slim(
 
 
 def _remove_weak_branches(
-    models: Sequence[nn.Module], options: NetworkSlimming, input_size: tuple[int, int], seed: int
+    models: Sequence[nn.Module],
+    options: NetworkSlimming,
+    input_size: tuple[int, int],
+    seed: int,
+    optimizers: Sequence[torch.optim.Optimizer],
 ) -> None:
     model = models[0]
     if not options.branches or not find_branches(model):
@@ -123,7 +126,14 @@ def _remove_weak_branches(
     scores = importance(model, groups, options.importance, seed=seed)
     for path in weak_branches(model, groups, scores, options.branches):
         for each in models:
-            remove_branch(each, path, find_groups(each, input_size), input_size, minimum=options.min_channels)
+            remove_branch(
+                each,
+                path,
+                find_groups(each, input_size),
+                input_size,
+                minimum=options.min_channels,
+                optimizers=optimizers if each is model else (),
+            )
 
 
 def _kept(options: NetworkSlimming, groups: Groups, scores: Sequence[np.ndarray | None], fraction: float) -> Kept:

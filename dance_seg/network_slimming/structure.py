@@ -1,7 +1,9 @@
 """The structure of a slimmed network as plain data: enough to build it again and load its tensors, without pickle.
 
-The record holds the shape of each tensor and the branches that are gone. The full network is built from the recipe and
-then made as narrow as the record says, so a checkpoint needs nothing but tensors, numbers and names.
+The record holds the shape of each tensor, the branches that are gone, and how many groups each convolution in groups
+has left: one that comes down to a channel for each group loses groups from then on, which its shapes do not tell. The
+full network is built from the recipe and then made as narrow as the record says, so a checkpoint needs nothing but
+tensors, numbers and names.
 """
 
 import hashlib
@@ -10,7 +12,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from dance_seg.errors import CheckpointError
 from dance_seg.network_slimming.branches import Absent, put_absent
@@ -18,13 +21,14 @@ from dance_seg.network_slimming.surgery import fit_attributes, take_positions
 
 
 def structure_record(model: nn.Module) -> dict[str, Any]:
-    """The shape of each tensor of a model, and its absent branches.
+    """The shape of each tensor of a model, the groups of its convolutions where they have any, and its absent branches.
 
-    >>> structure_record(nn.Conv2d(3, 8, 1))
-    {'shapes': {'weight': [8, 3, 1, 1], 'bias': [8]}, 'absent': {}}
+    >>> structure_record(nn.Conv2d(4, 8, 1, groups=2))
+    {'shapes': {'weight': [8, 2, 1, 1], 'bias': [8]}, 'groups': {'': 2}, 'absent': {}}
     """
     return {
         "shapes": {name: list(tensor.shape) for name, tensor in model.state_dict().items()},
+        "groups": {path: conv.groups for path, conv in _convolutions(model).items() if conv.groups > 1},
         "absent": {path: module.record() for path, module in model.named_modules() if isinstance(module, Absent)},
     }
 
@@ -40,33 +44,40 @@ def restructure(model: nn.Module, record: Mapping[str, Any], *, at: str = "struc
 
     Raises CheckpointError, before anything is changed, for a record that is not of this network: it names the tensor.
     """
-    shapes, absent = _checked(model, record, at)
-    for path, values in absent.items():
-        put_absent(model, path, _absent(values, f"{at}: absent.{path}"))
-    state = model.state_dict()
-    if state.keys() != shapes.keys():
-        differing = ", ".join(sorted(state.keys() ^ shapes.keys())[:5])
-        raise CheckpointError(f"{at}: names other tensors than this network has: {differing}")
+    shapes, groups, absent = _checked(model, record, at)
+    for path, branch in absent.items():
+        put_absent(model, path, branch)
+    replaced: dict[int, tuple[Tensor, Tensor]] = {}  # old -> (old, new)
     for path, module in model.named_modules():
         for store in (module._parameters, module._buffers):
             for name, tensor in store.items():
                 shape = shapes.get(f"{path}.{name}" if path else name)
                 if tensor is None or shape is None or tuple(shape) == tuple(tensor.shape):
                     continue
+                if id(tensor) in replaced:  # tied weights
+                    store[name] = replaced[id(tensor)][1]  # type: ignore[assignment]
+                    continue
                 narrow = take_positions(tensor.detach(), {dim: torch.arange(size) for dim, size in enumerate(shape)})
                 learnt = isinstance(tensor, nn.Parameter)
                 store[name] = nn.Parameter(narrow, tensor.requires_grad) if learnt else narrow  # type: ignore[assignment]
-    for module in model.modules():
-        fit_attributes(module)
+                replaced[id(tensor)] = (tensor, store[name])  # type: ignore[assignment]
+    for path, module in model.named_modules():
+        fit_attributes(module, groups.get(path, 1) if groups is not None else None)
 
 
-def _checked(model: nn.Module, record: Mapping[str, Any], at: str) -> tuple[dict[str, list[int]], dict[str, Any]]:
-    shapes, absent = record.get("shapes"), record.get("absent")
-    if not isinstance(shapes, dict) or not isinstance(absent, dict):
+def _convolutions(model: nn.Module) -> dict[str, _ConvNd]:
+    return {path: module for path, module in model.named_modules() if isinstance(module, _ConvNd)}
+
+
+def _checked(
+    model: nn.Module, record: Mapping[str, Any], at: str
+) -> tuple[dict[str, list[int]], dict[str, int] | None, dict[str, Absent]]:
+    shapes, groups, absent = record.get("shapes"), record.get("groups"), record.get("absent")
+    if not isinstance(shapes, dict) or not isinstance(groups, dict | None) or not isinstance(absent, dict):
         raise CheckpointError(f"{at}: is no record of a structure: it needs 'shapes' and 'absent'")
     modules = dict(model.named_modules())
     for path in absent:
-        if path not in modules:
+        if not path or path not in modules:
             raise CheckpointError(f"{at}: the branch {path} is absent in it and unknown to this network")
     full = {name: tensor.shape for name, tensor in model.state_dict().items()}
     for name, shape in shapes.items():
@@ -77,13 +88,26 @@ def _checked(model: nn.Module, record: Mapping[str, Any], at: str) -> tuple[dict
             not isinstance(n, int) or not 0 < n <= most for n, most in zip(shape, full[name], strict=True)
         ):
             raise CheckpointError(f"{at}: {name} of shape {shape} is no part of this network's {list(full[name])}")
-    return shapes, absent
+    present = {name for name in full if not any(name.startswith(f"{path}.") for path in absent)}
+    if present != shapes.keys():
+        differing = ", ".join(sorted(present ^ shapes.keys())[:5])
+        raise CheckpointError(f"{at}: names other tensors than this network has: {differing}")
+    convolutions = _convolutions(model)
+    for path, count in (groups or {}).items():
+        most = convolutions[path].groups if path in convolutions else 0
+        if not isinstance(count, int) or not 0 < count <= most:
+            raise CheckpointError(f"{at}: {path} in {count} groups is no part of this network, where it has {most}")
+    branches = {path: _absent(values, f"{at}: absent.{path}") for path, values in absent.items()}
+    return shapes, groups, branches
 
 
 def _absent(values: Any, at: str) -> Absent:
     try:
         channels, scale, size = values
         factors = (float(scale[0]), float(scale[1])) if scale else None
-        return Absent(int(channels), factors, (int(size[0]), int(size[1])) if size else None)
+        sides = (int(size[0]), int(size[1])) if size else None
+        if channels < 1 or min(factors or sides or (0,)) <= 0:
+            raise ValueError
+        return Absent(int(channels), factors, sides)
     except (TypeError, ValueError, IndexError):
         raise CheckpointError(f"{at}: {values!r} describes no absent branch") from None

@@ -59,15 +59,16 @@ def cut(
 def silence(model: nn.Module, groups: Iterable[Group], kept: Kept) -> None:
     """Zero the channels that are not kept, in place: after this the model computes what the cut one will.
 
-    The weights, biases and normalisation that make a channel become zero; what reads it does not matter any more.
+    The weights, biases and normalisation that make a channel become zero, buffers among them; what reads it does not
+    matter any more.
     """
-    tensors = dict(model.named_parameters())
+    tensors = dict((*model.named_parameters(), *model.named_buffers()))
     for group, stay in zip(groups, kept, strict=True):
         gone = np.setdiff1d(np.arange(group.channels), stay)
         for member in group.members:
-            if not member.reads and member.tensor in tensors:
+            if not member.reads:
                 index = torch.from_numpy(member.positions[gone].ravel())
-                tensors[member.tensor].index_fill_(member.dim, index.to(tensors[member.tensor].device), 0.0)
+                tensors[member.tensor].index_fill_(member.dim, index.to(tensors[member.tensor].device), 0)
 
 
 def kept_positions(model: nn.Module, groups: Iterable[Group], kept: Kept) -> dict[str, dict[int, Tensor]]:
@@ -94,19 +95,34 @@ def kept_positions(model: nn.Module, groups: Iterable[Group], kept: Kept) -> dic
 
 
 def take_positions(tensor: Tensor, positions: Mapping[int, Tensor]) -> Tensor:
-    """The tensor with only the given positions along some of its dimensions, in its own memory format."""
-    channels_last = tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+    """The tensor with only the given positions along some of its dimensions, in its own memory format.
+
+    Strides are exactly those of a fresh tensor: kernels of 1x1 have two equivalent ones, the next layer's layout
+    follows from them, and a run that is resumed must compute the same bits.
+    """
+    format = torch.contiguous_format
+    if tensor.ndim == 4 and tensor.stride() == _strides(tensor.shape, torch.channels_last):
+        format = torch.channels_last
     for dim, index in positions.items():
         tensor = tensor.index_select(dim, index.to(tensor.device))
-    return tensor.contiguous(memory_format=torch.channels_last) if channels_last else tensor.contiguous()
+    return torch.empty_like(tensor, memory_format=format).copy_(tensor)
 
 
-def fit_attributes(module: nn.Module) -> None:
-    """Make a layer's own account of its widths agree with its tensors, whose sizes are the truth."""
+def _strides(shape: torch.Size, format: torch.memory_format) -> tuple[int, ...]:
+    return torch.empty(shape, device="meta", memory_format=format).stride()
+
+
+def fit_attributes(module: nn.Module, groups: int | None = None) -> None:
+    """Make a layer's own account of its widths agree with its tensors, whose sizes are the truth.
+
+    Of a convolution whose number of groups is not known, a depthwise one has as many as channels; others keep theirs.
+    """
     if isinstance(module, _ConvNd):
         transposed = isinstance(module, _ConvTransposeNd)
         first, second = module.weight.shape[:2]
-        if module.groups > 1 and module.groups == module.in_channels:  # depthwise
+        if groups is not None:
+            module.groups = groups
+        elif module.groups > 1 and module.groups == module.in_channels:  # depthwise
             multiplier = module.out_channels // module.groups
             module.groups = first if transposed else first // multiplier
         given, made = (first, second * module.groups) if transposed else (second * module.groups, first)
@@ -117,7 +133,7 @@ def fit_attributes(module: nn.Module) -> None:
         tensor = module.weight if module.weight is not None else module.running_mean
         if tensor is not None:
             module.num_features = len(tensor)
-    elif isinstance(module, nn.GroupNorm):
+    elif isinstance(module, nn.GroupNorm) and module.weight is not None:
         per_group = module.num_channels // module.num_groups
         module.num_channels = len(module.weight)
         module.num_groups = module.num_channels // per_group

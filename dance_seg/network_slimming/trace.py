@@ -18,12 +18,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dance_seg.cost.macs import collect, without_values
+from dance_seg.cost.macs import collect, usual_kernels, without_values
 from dance_seg.network_slimming.channels import Group, Groups, Member
 
 FROZEN = 0  # the label of all channels that stay
 
 
+@usual_kernels()
 def trace_groups(model: nn.Module, input_size: tuple[int, int], *, batch: int = 2, in_channels: int = 3) -> Groups:
     """The groups of channels of a model that takes images (N, 3, H, W), without running it on any value.
 
@@ -93,11 +94,14 @@ class _Tracer(TorchDispatchMode):
         super().__init__()
         self.ties = _Ties()
         self.known: dict[int, tuple[Tensor, _Traced]] = {}  # by identity; the tensors are held so that ids stay theirs
-        self.names = {id(tensor): name for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+        saved = model.state_dict().keys()  # a buffer that no checkpoint holds could not be made narrow again
+        named = (*model.named_parameters(), *model.named_buffers())
+        self.names = {id(tensor): name for name, tensor in named if name in saved}
+        self.group_norms = {id(module.weight) for module in model.modules() if isinstance(module, nn.GroupNorm)}
         self.slots: dict[tuple[str, int], np.ndarray] = {}
         self.reads: set[tuple[str, int]] = set()
+        self.makes: set[tuple[str, int]] = set()  # tied weights may do both
         self.reasons: dict[str, None] = {}
-        self.frozen_reads: set[tuple[str, int]] = set()
         self.path: list[str] = []
         for name, module in model.named_modules():
             module.register_forward_pre_hook(lambda module, inputs, name=name: self.path.append(name))
@@ -131,22 +135,29 @@ class _Tracer(TorchDispatchMode):
             return self._slot(self.names[id(tensor)], dim, tensor.shape[dim])
         return self.of(tensor).axes[dim]
 
-    def is_parameter(self, tensor: Any) -> bool:
-        return id(tensor) in self.names
+    def is_silent(self, tensor: Any) -> bool:
+        """Whether a weight or bias is zero for a channel that is silenced; one that was computed may not be."""
+        return id(tensor) in self.names or self.of(tensor).silent
 
     def set(self, tensor: Any, axes: Sequence[_Axis | None], silent: bool = True) -> None:
         if isinstance(tensor, Tensor):
             self.known[id(tensor)] = (tensor, _Traced(tuple(axes), silent))
 
-    def can_be_cut(self, known: _Traced) -> bool:
-        """Whether a tensor has channels that are not frozen by now."""
-        return any(axis is not None and self.ties.root(axis.labels).any() for axis in known.axes)
+    def silent_along(self, tensor: Tensor, dim: int) -> bool:
+        """Whether a tensor has the channels of that dimension, counted from the last, and is zero for silent ones."""
+        known = self.of(tensor)
+        return known.silent and len(known.axes) >= -dim and known.axes[dim] is not None
+
+    def can_be_cut(self, what: "_Traced | _Axis | None") -> bool:
+        """Whether a tensor, or one dimension, has channels that are not frozen by now."""
+        axes = what.axes if isinstance(what, _Traced) else (what,)
+        return any(axis is not None and self.ties.root(axis.labels).any() for axis in axes)
 
     def freeze(self, what: "_Traced | _Axis | None", reason: str) -> None:
         """Let the channels of a tensor or of one dimension stay."""
         axes = what.axes if isinstance(what, _Traced) else (what,)
         for axis in axes:
-            if axis is not None and self.ties.root(axis.labels).any():  # not all of them frozen before
+            if axis is not None and self.can_be_cut(axis):
                 self.ties.tie(axis.labels, np.full(len(axis.labels), FROZEN))
                 module = next((name for name in reversed(self.path) if name), "the network")
                 self.reasons.setdefault(f"{module}: {reason}")
@@ -163,6 +174,11 @@ class _Tracer(TorchDispatchMode):
         if len(present) < len(axes):
             self.freeze(first, reason)
         return _Axis(first.labels)
+
+    def make(self, weight: _Axis | None) -> None:
+        """A weight's dimension makes channels, and is silenced with them, even if it is tied to one that reads."""
+        if weight is not None and weight.slot is not None:
+            self.makes.add(weight.slot)
 
     def read(self, weight: _Axis | None, given: _Axis | None, silent: bool) -> None:
         """A weight's dimension sums over that of what it is given."""
@@ -189,8 +205,13 @@ class _Tracer(TorchDispatchMode):
             if output is not NotImplemented:
                 return output
             rule = _unknown
+        changed = args[0] if name.endswith("_") and isinstance(args[0], Tensor) else None
+        if torch.Tag.inplace_view in operation.tags:
+            rule = _unknown
         output = operation(*args, **kwargs)
         rule(self, operation, args, kwargs, output)
+        if changed is not None and changed._base is not None and not self.of(changed).silent:
+            self.freeze(self.of(changed._base), "written to through a view")
         return output
 
     # Groups --------------------------------------------------------------------------------------------------------
@@ -204,23 +225,23 @@ class _Tracer(TorchDispatchMode):
                 places[int(roots[position])][slot].append(int(position))
         alike: dict[tuple[Any, ...], list[dict[tuple[str, int], list[int]]]] = defaultdict(list)
         for channel in places.values():
-            makers = [slot for slot in channel if slot not in self.reads]
-            if makers:  # what is only read has no weights that make it
+            if any(not self._only_reads(slot) for slot in channel):  # what is only read has no weights that make it
                 alike[tuple((slot, len(positions)) for slot, positions in channel.items())].append(channel)
         found = []
         for signature, channels in alike.items():
             slots = [slot for slot, _ in signature]
-            maker = next(slot for slot in slots if slot not in self.reads)
+            maker = next(slot for slot in slots if not self._only_reads(slot))
             channels.sort(key=lambda channel: channel[maker])
             members = tuple(
-                Member(
-                    tensor, dim, np.array([channel[tensor, dim] for channel in channels]), (tensor, dim) in self.reads
-                )
-                for tensor, dim in slots
+                Member(slot[0], slot[1], np.array([channel[slot] for channel in channels]), self._only_reads(slot))
+                for slot in slots
             )
             found.append(Group(maker[0], members))
         order = {name: number for number, name in enumerate(self.names.values())}
         return Groups(tuple(sorted(found, key=lambda group: order[group.name])), tuple(self.reasons))
+
+    def _only_reads(self, slot: tuple[str, int]) -> bool:
+        return slot in self.reads and slot not in self.makes
 
 
 Rule = Callable[[_Tracer, Any, tuple[Any, ...], dict[str, Any], Any], None]
@@ -257,23 +278,31 @@ def _pointwise(tracer: _Tracer, operation: Any, args: Any, kwargs: Any, output: 
     for dim in range(-output.ndim, 0):
         wide = [tensor for tensor in operands if tensor.ndim >= -dim and tensor.shape[dim] == output.shape[dim] > 1]
         axes.append(tracer.tie((tracer.of(tensor).axes[dim] for tensor in wide), f"{name} with a tensor of fixed size"))
-    tracer.set(output, axes, any(axes) and _is_silent(tracer, operation, name, args, kwargs, operands, output))
+    silent = any(axes) and _stays_silent(tracer, operation, name, args, kwargs, operands, axes)
+    tracer.set(output, axes, silent)
 
 
-def _is_silent(
-    tracer: _Tracer, operation: Any, name: str, args: Any, kwargs: Any, operands: list[Tensor], output: Tensor
+def _stays_silent(
+    tracer: _Tracer,
+    operation: Any,
+    name: str,
+    args: Any,
+    kwargs: Any,
+    operands: list[Tensor],
+    axes: Sequence[_Axis | None],
 ) -> bool:
     """Whether an element-by-element operation leaves a channel that is zero at zero."""
-    has_channels = [any(tracer.of(tensor).axes) for tensor in operands]
-    silent = [has and tracer.of(tensor).silent for has, tensor in zip(has_channels, operands, strict=True)]
+    # Of each dimension whose channels may be cut, which operands are zero for them; one that lacks them is not.
+    dims = [dim for dim in range(-len(axes), 0) if tracer.can_be_cut(axes[dim])]
+    zero = [[tracer.silent_along(tensor, dim) for tensor in operands] for dim in dims]
     if name == "mul":
-        return any(silent)
-    if name == "div":
-        return silent[0] and operands[0] is args[0]
-    if len(operands) > 1:
-        return name in ("add", "sub", "lerp") and all(silent)
-    if not silent[0]:
+        return all(map(any, zero))
+    if name in ("div", "_prelu_kernel"):
+        return operands[0] is args[0] and all(silent[0] for silent in zero)
+    if not all(map(all, zero)):
         return False
+    if len(operands) > 1:
+        return name in ("add", "sub", "lerp")
     with torch.utils._python_dispatch._disable_current_modes():
         zeros = [torch.zeros(1) if isinstance(arg, Tensor) else arg for arg in args]
         named = {key: torch.zeros(1) if isinstance(arg, Tensor) else arg for key, arg in kwargs.items()}
@@ -288,34 +317,37 @@ def _convolution(tracer: _Tracer, operation: Any, args: Any, kwargs: Any, output
     transposed, groups = args[6], args[8]
     known = tracer.of(images)
     given, first, second = known.axes[1], tracer.axis_of(weight, 0), tracer.axis_of(weight, 1)
-    outer, inner = (second, first) if transposed else (first, second)  # of the weight: what it makes, what it reads
-    made = tracer.tie((outer, tracer.of(bias).axes[0]) if bias is not None else (outer,), "a bias of fixed size")
-    for axis in known.axes[2:]:
+    shift = (tracer.of(bias).axes[0],) if bias is not None else ()
+    for axis in (known.axes[0], *known.axes[2:]):
         tracer.freeze(axis, "a convolution slides over channels")
+    if id(weight) in tracer.known:  # computed, so that its kernel may have labels too
+        for axis in tracer.of(weight).axes[2:]:
+            tracer.freeze(axis, "they span a convolution's kernel")
+    silent = tracer.is_silent(weight) and (bias is None or tracer.is_silent(bias))
     if groups == 1:
+        outer, inner = (second, first) if transposed else (first, second)  # of the weight: what it makes, what it reads
+        made = tracer.tie((outer, *shift), "a bias of fixed size")
+        tracer.make(outer)
         tracer.read(inner, given, known.silent)
     elif groups == images.shape[1] and (not transposed or weight.shape[1] == 1):
         # Depthwise: each channel makes its own, or several in a row.
-        if transposed:
-            made = tracer.tie((first, tracer.of(bias).axes[0]) if bias is not None else (first,), "a bias")
         repeated = given and _Axis(np.repeat(given.labels, output.shape[1] // images.shape[1]))
-        made = tracer.tie((made, repeated), "a depthwise convolution of channels that stay")
-        tracer.set(output, (None, made, *(None,) * (output.ndim - 2)), bias is None or made is not None)
-        return
+        made = tracer.tie((first, repeated, *shift), "a depthwise convolution of channels that stay")
+        tracer.make(first)
+    elif transposed:
+        for axis in (first, second, given, *shift):
+            tracer.freeze(axis, "a transposed convolution in groups")
+        made = None
     else:
         # Every group of the convolution loses the channel at the same place, so that all remain equally wide.
-        for axis in (given, made if not transposed else None):
+        made = tracer.tie((first, *shift), "a bias of fixed size")
+        for axis in (given, made):
             if axis is not None:
                 rows = axis.labels.reshape(groups, -1)
                 tracer.ties.tie(rows[1:].ravel(), np.tile(rows[0], groups - 1))
-        if transposed:
-            tracer.freeze(first, "a transposed convolution in groups")
-            tracer.freeze(second, "a transposed convolution in groups")
-            tracer.freeze(given, "a transposed convolution in groups")
-            made = None
-        else:
-            tracer.read(inner, given and _Axis(given.labels[: weight.shape[1]]), known.silent)
-    tracer.set(output, (None, made, *(None,) * (output.ndim - 2)))
+        tracer.make(first)
+        tracer.read(second, given and _Axis(given.labels[: weight.shape[1]]), known.silent)
+    tracer.set(output, (None, made, *(None,) * (output.ndim - 2)), silent)
 
 
 def _batch_norm(tracer: _Tracer, operation: Any, args: Any, kwargs: Any, output: Any) -> None:
@@ -323,9 +355,9 @@ def _batch_norm(tracer: _Tracer, operation: Any, args: Any, kwargs: Any, output:
     known = tracer.of(images)
     tensors = [tensor for tensor in (*affine, *rest) if isinstance(tensor, Tensor)]
     axis = tracer.tie((known.axes[1], *(tracer.axis_of(tensor, 0) for tensor in tensors)), "a norm of fixed size")
-    for other in known.axes[2:]:
+    for other in (known.axes[0], *known.axes[2:]):
         tracer.freeze(other, "normalised over")
-    silent = all(isinstance(tensor, Tensor) for tensor in affine)
+    silent = all(isinstance(tensor, Tensor) and tracer.is_silent(tensor) for tensor in affine)
     first = output[0] if isinstance(output, tuple | list) else output
     tracer.set(first, (None, axis, *(None,) * (images.ndim - 2)), silent)
 
@@ -335,11 +367,16 @@ def _group_norm(tracer: _Tracer, operation: Any, args: Any, kwargs: Any, output:
     known = tracer.of(images)
     affine = [tensor for tensor in (weight, bias) if isinstance(tensor, Tensor)]
     axis = tracer.tie((known.axes[1], *(tracer.axis_of(tensor, 0) for tensor in affine)), "a norm of fixed size")
-    if axis is not None:
+    for other in (known.axes[0], *known.axes[2:]):
+        tracer.freeze(other, "normalised over")
+    if weight is None or id(weight) not in tracer.group_norms:
+        tracer.freeze(axis, "a group norm whose number of groups could not follow")
+    elif axis is not None:
         # A group of the norm goes as a whole: what is left is then normalised as before.
         rows = axis.labels.reshape(groups, -1)
         tracer.ties.tie(rows[:, 1:].ravel(), np.repeat(rows[:, 0], rows.shape[1] - 1))
-    tracer.set(output[0], (None, axis, *(None,) * (images.ndim - 2)), len(affine) == 2)
+    silent = len(affine) == 2 and all(map(tracer.is_silent, affine))
+    tracer.set(output[0], (None, axis, *(None,) * (images.ndim - 2)), silent)
 
 
 def _layer_norm(tracer: _Tracer, operation: Any, args: Any, kwargs: Any, output: Any) -> None:
@@ -361,10 +398,16 @@ def _product(first: int) -> Rule:
         left, right = args[first], args[first + 1]
         one, two = tracer.of(left), tracer.of(right)
         summed = two.axes[-2] if right.ndim > 1 else two.axes[-1]
+        rows = (one.axes[-2],) if left.ndim > 1 else ()
+        columns = (two.axes[-1],) if right.ndim > 1 else ()
         if _is_weight(two.axes):
             tracer.read(summed, one.axes[-1], one.silent)
+            for axis in columns:
+                tracer.make(axis)
         elif _is_weight(one.axes):
             tracer.read(one.axes[-1], summed, two.silent)
+            for axis in rows:
+                tracer.make(axis)
         else:
             tracer.tie((one.axes[-1], summed), "a product with a tensor of fixed size")
             if not (one.silent or two.silent):
@@ -373,15 +416,20 @@ def _product(first: int) -> Rule:
             tracer.tie(pair, "a product with a tensor of fixed size")
             for pair in zip(one.axes[:-2], two.axes[:-2], strict=False)
         ]
-        rows = (one.axes[-2],) if left.ndim > 1 else ()
-        columns = (two.axes[-1],) if right.ndim > 1 else ()
         axes = [*batch, *rows, *columns]
-        silent = (not any(rows) or one.silent) and (not any(columns) or two.silent)
+        silent = (
+            (one.silent or not any(map(tracer.can_be_cut, rows)))
+            and (two.silent or not any(map(tracer.can_be_cut, columns)))
+            and (one.silent or two.silent or not any(map(tracer.can_be_cut, batch)))
+        )
         if first:
             added = args[0]
             for dim in range(-min(added.ndim, len(axes)), 0):
                 if added.shape[dim] == output.shape[dim] > 1:
                     axes[dim] = tracer.tie((axes[dim], tracer.of(added).axes[dim]), "a bias of fixed size")
+            silent = silent and all(
+                tracer.silent_along(added, dim) for dim in range(-len(axes), 0) if tracer.can_be_cut(axes[dim])
+            )
         tracer.set(output, [axis and _Axis(axis.labels) for axis in axes], silent)
 
     return rule
@@ -559,12 +607,13 @@ def _spatial(tracer: _Tracer, operation: Any, args: Any, kwargs: Any, output: An
     known = tracer.of(args[0])
     first = output[0] if isinstance(output, list | tuple) else output
     axes = list(known.axes)
-    for dim in range(len(axes)):
-        changes = first.shape[dim] != args[0].shape[dim] or dim >= len(axes) - 2
-        if changes:
-            tracer.freeze(axes[dim], f"{operation._overloadpacket.__name__} over its channels")
-            axes[dim] = None
     name = operation._overloadpacket.__name__
+    for dim in range(len(axes)):
+        place = len(axes) - 1 - dim  # from the last; padding may move channels and leave their number
+        changes = any(args[1][2 * place : 2 * place + 2]) if name == "constant_pad_nd" else place < 2
+        if changes or first.shape[dim] != args[0].shape[dim]:
+            tracer.freeze(axes[dim], f"{name} over its channels")
+            axes[dim] = None
     filled = name == "constant_pad_nd" and bool(args[2] if len(args) > 2 else 0)
     tracer.set(first, axes, known.silent and not filled)
 
@@ -619,7 +668,9 @@ RULES: dict[str, Rule] = {
         "constant_pad_nd reflection_pad2d replication_pad2d",
     ),
     **_named(  # those that torch does not tag as element by element
-        _pointwise, "hardswish hardsigmoid hardtanh hardshrink softshrink leaky_relu elu celu mish softplus threshold"
+        _pointwise,
+        "hardswish hardsigmoid hardtanh hardshrink softshrink leaky_relu elu celu mish softplus threshold "
+        "_prelu_kernel",
     ),
     **_named(_softmax, "_softmax _log_softmax _safe_softmax"),
     **_named(_dropout, "native_dropout"),

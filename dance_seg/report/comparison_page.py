@@ -27,6 +27,7 @@ from dance_seg.report.page import (
 from dance_seg.report.pictures import embedded_image, embedded_indices, fitted, marked_errors, points_right
 from dance_seg.report.run_page import PICTURE_BYTES, Shown, class_keys, panels_bytes, plan_chart, read_pictures
 from dance_seg.report.runs import Run
+from dance_seg.report.widths import compared
 
 MOST_PICTURES = 3
 MOST_READ = 12  # pictures of a run, to find those that all runs have
@@ -55,6 +56,7 @@ def comparison_page(comparison: Comparison) -> Page:
             curves(rows),
             trade_offs(comparison),
             savings(rows),
+            compared([run for row in rows for run in row.runs]),
             figures(comparison),
         ),
         footer="Written by dance_seg. Scores are points, 0 to 100. One MAC is one multiplication and one addition.",

@@ -51,6 +51,7 @@ from dance_seg.report.pictures import (
     read_indices,
 )
 from dance_seg.report.runs import Picture, Run, Thumbnail, Validation, WholePlan, number, read_run, section
+from dance_seg.report.widths import slimming
 
 MOST_PICTURES = 8
 PICTURE_BYTES = 2_600_000  # of validation pictures in a page
@@ -81,6 +82,7 @@ def report(run: Run) -> Page:
             costs(run),
             plan(run),
             complexity(run),
+            slimming(run),
             recipe(run),
             circumstances(run),
         ),
@@ -93,9 +95,10 @@ def subtitle(run: Run) -> str:
     arguments = section(section(run.recipe, "model"), "args")
     model = [section(run.recipe, "model").get("name"), arguments.get("arch"), arguments.get("encoder_name")]
     names = [str(name) for name in model if name and name != "smp"]
-    slimming = "data slimming" if run.recipe.get("data_slimming") else "every image at full resolution"
+    halves = [name for name in ("data slimming", "network slimming") if run.recipe.get(name.replace(" ", "_"))]
+    trained = " and ".join(halves) or "every image at full resolution"
     data = str(section(run.recipe, "data").get("name", "unknown data"))
-    return " · ".join([data, " / ".join(names) or "smp", slimming, f"{run.max_epochs} epochs", f"seed {run.seed}"])
+    return " · ".join([data, " / ".join(names) or "smp", trained, f"{run.max_epochs} epochs", f"seed {run.seed}"])
 
 
 def cards(run: Run) -> tuple[Card, ...]:

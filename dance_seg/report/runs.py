@@ -92,6 +92,34 @@ class WholePlan:
 
 
 @dataclass(frozen=True)
+class Cut:
+    """One cut of network slimming: what is left of the full network after it."""
+
+    epoch: int
+    macs: float  # share
+    channels: float  # share of those that can be cut
+    parameters: int
+
+
+@dataclass(frozen=True)
+class Widths:
+    """What network slimming left: (name, full width, width now), 0 for what is gone."""
+
+    layers: tuple[tuple[str, int, int], ...]
+    branches: tuple[tuple[str, int, int], ...]
+    cuts: tuple[Cut, ...]
+
+    def parts(self) -> dict[str, tuple[int, int]]:
+        """The channels of each part of the network, such as encoder.layer1, full and now."""
+        sums: dict[str, tuple[int, int]] = {}
+        for name, full, now in self.layers:
+            part = ".".join(name.removeprefix("network.").split(".")[:2])
+            before = sums.get(part, (0, 0))
+            sums[part] = (before[0] + full, before[1] + now)
+        return sums
+
+
+@dataclass(frozen=True)
 class Run:
     """What a run folder holds."""
 
@@ -103,6 +131,7 @@ class Run:
     training: Mapping[str, Any] = field(default_factory=dict)  # the ledger's sums
     inference: Mapping[str, Any] = field(default_factory=dict)  # one forward pass
     plan: WholePlan | None = None
+    widths: Widths | None = None
     pictures: tuple[Picture, ...] = ()
     simplest: tuple[Thumbnail, ...] = ()
     most_complex: tuple[Thumbnail, ...] = ()
@@ -254,6 +283,7 @@ def read_run(folder: str | Path) -> Run:
         training=section(costs, "training"),
         inference=section(costs, "inference"),
         plan=_read_plan(folder / "plan.json"),
+        widths=_read_widths(folder / "widths.json"),
         pictures=_pictures(folder / "pictures"),
         simplest=simplest,
         most_complex=most_complex,
@@ -343,6 +373,27 @@ def _read_plan(path: Path) -> WholePlan | None:
     if not plan.scales or not plan.epochs or len(counts) > 1 or plan.dense_pixels <= 0:
         raise DataError(f"{path}: not a plan (scales and epochs do not fit); move it away to go on without it")
     return plan
+
+
+def _read_widths(path: Path) -> Widths | None:
+    record = _read_json(path)
+    if not record:
+        return None
+    try:
+        layers, branches = (
+            tuple((str(name), int(full), int(now)) for name, (full, now) in record[kind].items())
+            for kind in ("layers", "branches")
+        )
+        cuts = tuple(
+            Cut(int(cut["epoch"]), float(cut["macs"]), float(cut["channels"]), int(cut["parameters"]))
+            for cut in record["cuts"]
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise DataError(f"{path}: no widths of a network ({reason}); move it away to go on without it") from None
+    if not layers or any(full < 1 or not 0 <= now <= full for _, full, now in layers):
+        raise DataError(f"{path}: no widths of a network; move it away to go on without it")
+    return Widths(layers, branches, cuts)
 
 
 def _planned_epoch(record: Mapping[str, Any]) -> PlannedEpoch:

@@ -1,8 +1,10 @@
 """Two processes are one: gradients, metrics and batches do not depend on how many ranks share the work (gloo, CPU)."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -17,6 +19,8 @@ from torch.nn.parallel import DistributedDataParallel
 from dance_seg.checkpoint import newest_valid
 from dance_seg.losses import per_sample_cross_entropy, weighted_mean
 from dance_seg.metrics import ConfusionMatrix
+from dance_seg.network_slimming import NetworkSlimming, slim
+from dance_seg.network_slimming.structure import structure_hash
 from dance_seg.recipe import save_recipe
 from tests.tiny import tiny
 
@@ -134,3 +138,70 @@ def test_a_run_on_two_ranks_drops_images_validates_unevenly_and_takes_the_planne
     assert ledgers["one"]["images_dropped"] > 0
     for key in ("images_dropped", "images_offered"):
         assert ledgers["one"][key] == ledgers["two"][key]
+
+
+def _slim_on_a_rank(rank, ranks, folder):
+    """Importance by Taylor needs gradients, and every rank has others: they are summed before the cut."""
+    model = joined_batch()[0]
+    images, labels = joined_batch()[1:3]
+    mine = slice(rank * 6 // ranks, (rank + 1) * 6 // ranks)
+    per_sample_cross_entropy(model(images[mine]), labels[mine]).sum().backward()
+    options = NetworkSlimming(importance="taylor", of="channels", min_channels=1, round_to=1)
+    _, kept = slim(model, options, input_size=(16, 16))
+    torch.save((structure_hash(model), [stay.tolist() for stay in kept]), folder / f"slimmed-{ranks}-{rank}.pt")
+
+
+def test_ranks_with_different_gradients_cut_the_channels_that_one_process_would(tmp_path):
+    _slim_on_a_rank(0, 1, tmp_path)
+    on_ranks(_slim_on_a_rank, 2, tmp_path)
+    alone = torch.load(tmp_path / "slimmed-1-0.pt")
+    assert len(alone[1][0]) == 4
+    for rank in range(2):
+        assert torch.load(tmp_path / f"slimmed-2-{rank}.pt") == alone
+
+
+def test_a_run_on_two_ranks_killed_after_a_cut_ends_with_the_weights_of_an_undisturbed_one(tmp_path):
+    cuts = ("network_slimming.start=0.2", "network_slimming.end=0.6", "network_slimming.cuts=2")
+    often = ("trainer.devices=2", "trainer.save_every_minutes=0", "trainer.max_epochs=4")
+    save_recipe(tiny(*often, *cuts, slim=True, cache=tmp_path / "cache"), tmp_path / "two.yaml")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+    def command(name):
+        return [
+            *(sys.executable, "-m", "tools.train", str(tmp_path / "two.yaml"), f"name={name}"),
+            *("--runs", str(tmp_path)),
+        ]
+
+    def train(name):
+        done = subprocess.run(
+            command(name),
+            env=environment,
+            cwd=ROOT,
+            timeout=240,
+            capture_output=True,
+            text=True,
+            start_new_session=True,
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        return newest_valid(tmp_path / name / "checkpoints", "step-*.ckpt")[1]
+
+    undisturbed = train("undisturbed")
+    process = subprocess.Popen(
+        command("killed"), env=environment, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    cut_at = undisturbed["callbacks"]["NetworkCuts"]["cut_in"][0]
+    while time.monotonic() < deadline:
+        found = newest_valid(tmp_path / "killed" / "checkpoints", "step-*.ckpt")
+        place = found[1]["callbacks"]["ExactResume"] if found else {"epoch": 0, "batch": 0}
+        if (place["epoch"], place["batch"]) > (cut_at, 0):
+            break
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait(timeout=30)
+    resumed = train("killed")
+    assert undisturbed["structure"] == resumed["structure"]
+    assert undisturbed["callbacks"]["NetworkCuts"]["cut_in"] == [1, 3]
+    for name, tensor in undisturbed["state_dict"].items():
+        assert torch.equal(tensor, resumed["state_dict"][name]), name

@@ -1,7 +1,7 @@
 """How much of the saved arithmetic a data-slimmed epoch turns into saved time: python -m tools.bench.epoch.
 
 One epoch in full force of recipes/camvid_data_slimming.yaml's slimming against a dense one, on drawn scenes at
-352x480, FPN with ResNet-18: data, forward, backward and the optimiser's step, the sides taking turns.
+352x480, with the network of that recipe: data, forward, backward and the optimiser's step, the sides taking turns.
 """
 
 import time
@@ -56,7 +56,7 @@ def main() -> int:
             macs += len(batch.weights) * macs_per_size((batch.images.shape[-2], batch.images.shape[-1])).macs
         return time.perf_counter() - began, macs
 
-    number = 4  # of 10: dropping in full force, all three sizes present
+    number = 4  # of 10: all three sizes are present
     found: dict[str, list[tuple[float, int]]] = {name: [] for name in sides}
     for turn in range(arguments.runs + 1):  # the first warms up: memory, kernels, MAC counts
         for name in sides:

@@ -263,3 +263,17 @@ def test_a_size_beyond_any_memory_is_counted():
 def test_a_size_that_the_model_refuses_is_the_models_error():
     with pytest.raises(RuntimeError, match="Kernel size"):
         count_macs(nn.Conv2d(3, 4, 7), (5, 5))
+
+
+def test_deterministic_algorithms_change_no_count():
+    """On the meta device torch then takes interpolation apart; a run is deterministic, a measuring tool is not."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.UpsamplingBilinear2d(scale_factor=2))
+    usual = count_macs(model, (4, 4)), count_training_macs(model, (4, 4))
+    assert usual[0].by_operation["interpolation"] == 4 * (4 * 8 * 8)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        assert (count_macs(model, (4, 4)), count_training_macs(model, (4, 4))) == usual
+        assert torch.are_deterministic_algorithms_enabled()
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)

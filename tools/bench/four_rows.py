@@ -1,0 +1,182 @@
+"""The four rows of the argument on CamVid, dense, data, network, both: python -m tools.bench.four_rows --root DIR.
+
+Also the control whose complexity is random, and dense training of as many seconds as both halves take. Every run is a
+process of its own, started as a user would start it; a finished one is kept under the hash of its recipe and of the
+code, so the command goes on where it was stopped, and measures anew what has changed. The score is that of the last
+epoch: the best of several would be chosen on what is reported. Training seconds hold scoring, cuts and re-estimated
+statistics, and no validation; inference is timed at the end, the networks taking turns.
+
+Overrides apply to every row, such as data.args.resolution=0.5334 data.args.crop=[192,256].
+"""
+
+import hashlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tools.bench.common import interleave, spread, write_result
+from tools.cli import parser, run
+
+ROWS = ("dense", "data_slimming", "network_slimming", "dance")
+RANDOM, SHORT = "dance_random", "dense_equal_seconds"
+# What fits two cores: the size, and the precision that is fast there; with 40 points dense training is a fair network.
+SMALL = (
+    "data.args.resolution=0.5334",
+    "data.args.crop=[192,256]",
+    "trainer.precision=bf16-mixed",
+    "trainer.max_epochs=60",
+    "trainer.validate_every=6",
+    "tracking.wandb=disabled",
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One finished run of one row."""
+
+    folder: Path
+    miou: float  # points, last epoch
+    flattened: float  # points that the last fifth of training added
+    seconds: float  # of training
+    gmacs: float  # of training
+    inference_gmacs: float
+
+
+def main() -> int:
+    """Train what is not there yet, and write runs/bench/four-rows.json with the table."""
+    arguments_parser = parser(__doc__ or "")
+    arguments_parser.add_argument("--root", type=Path, default=os.environ.get("DANCE_SEG_CAMVID"), help="CamVid")
+    arguments_parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    arguments_parser.add_argument("--runs", type=Path, default=Path("runs/four-rows"), help="where runs are kept")
+    arguments_parser.add_argument("overrides", nargs="*", metavar="key=value", help="for every row")
+    arguments = arguments_parser.parse_intermixed_args()
+    if arguments.root is None or not Path(arguments.root).is_dir():
+        raise ValueError("--root names no folder; give CamVid's, with train/ and trainannot/, or set DANCE_SEG_CAMVID")
+    common = [*SMALL, f"data.args.root={Path(arguments.root).resolve()}", *arguments.overrides]
+    table: dict[str, list[Row]] = {}
+    for seed in arguments.seeds:  # seed by seed, so that an early stop leaves whole comparisons
+        for row in ROWS:
+            table.setdefault(row, []).append(trained(row, f"recipes/camvid_{row}.yaml", seed, common, arguments.runs))
+        randomly = [*common, "data_slimming.measure=random"]
+        table.setdefault(RANDOM, []).append(
+            trained(RANDOM, "recipes/camvid_dance.yaml", seed, randomly, arguments.runs)
+        )
+        epochs = epochs_of_equal_seconds(table["dense"][-1], table["dance"][-1])
+        shorter = [*common, f"trainer.max_epochs={epochs}", f"trainer.validate_every={max(1, epochs // 10)}"]
+        table.setdefault(SHORT, []).append(trained(SHORT, "recipes/camvid_dense.yaml", seed, shorter, arguments.runs))
+    milliseconds = inference_milliseconds({row: found[0].folder for row, found in table.items()})
+    report(table, milliseconds, len(arguments.seeds))
+    return 0
+
+
+def trained(row: str, recipe_path: str, seed: int, overrides: Sequence[str], runs: Path) -> Row:
+    """The run of a row and a seed, trained now unless it is there and finished."""
+    from dance_seg.recipe import load_recipe, recipe_record
+
+    given = [*overrides, f"seed={seed}", f"name={row}"]
+    mark = hashlib.sha256((json.dumps(recipe_record(load_recipe(recipe_path, given))) + code_hash()).encode())
+    name = f"{row}-s{seed}-{mark.hexdigest()[:8]}"
+    folder = runs / name
+    facts = json.loads((folder / "run.json").read_text()) if (folder / "run.json").is_file() else {}
+    if "finished" not in facts:
+        print(f"training {name}", flush=True)
+        command = [sys.executable, "-m", "tools.train", recipe_path, *overrides, f"seed={seed}", f"name={name}"]
+        subprocess.run([*command, "--runs", str(runs)], check=True)
+    return read_row(folder)
+
+
+def code_hash() -> str:
+    """SHA-256 of everything that decides what a run computes."""
+    digest = hashlib.sha256()
+    for path in sorted(path for folder in ("dance_seg", "datamodules") for path in Path(folder).rglob("*.py")):
+        if "report" not in path.parts:
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def read_row(folder: Path) -> Row:
+    """The figures of a finished run."""
+    from dance_seg.tracking import read_metrics
+
+    scores = [(row["epoch"], row["val/miou"]) for row in read_metrics(folder / "metrics.jsonl") if "val/miou" in row]
+    costs = json.loads((folder / "cost.json").read_text())
+    last_epoch, miou = scores[-1]
+    before = [score for epoch, score in scores if epoch + 1 <= 0.8 * (last_epoch + 1) + 1e-9]
+    return Row(
+        folder=folder,
+        miou=miou,
+        flattened=miou - before[-1] if before else float("nan"),
+        seconds=costs["training"]["cost/train_seconds"],
+        gmacs=costs["training"]["cost/train_gmacs"],
+        inference_gmacs=costs["inference"]["gmacs"],
+    )
+
+
+def epochs_of_equal_seconds(dense: Row, both: Row) -> int:
+    """How many dense epochs take as long as the whole run of both halves."""
+    from dance_seg.recipe import load_recipe
+
+    epochs = load_recipe(dense.folder / "recipe.yaml").trainer.max_epochs
+    return max(2, round(epochs * both.seconds / dense.seconds))
+
+
+def inference_milliseconds(folders: dict[str, Path], rounds: int = 30) -> dict[str, list[float]]:
+    """Milliseconds of one image through the network of each run, the networks taking turns."""
+    import torch
+
+    from dance_seg.build import load_run
+    from dance_seg.recipe import load_recipe
+
+    models = {row: load_run(folder, "last")[0] for row, folder in folders.items()}
+    height, width = load_recipe(next(iter(folders.values())) / "recipe.yaml").data.args["crop"]
+    images = torch.rand(1, 3, height, width).to(memory_format=torch.channels_last)
+    for model in models.values():
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    with torch.inference_mode():
+        times = interleave({row: partial(model, images) for row, model in models.items()}, rounds, warm_up=5)
+    return {row: [1000 * second for second in seconds] for row, seconds in times.items()}
+
+
+def report(table: dict[str, list[Row]], milliseconds: dict[str, list[float]], seeds: int) -> None:
+    """Print the table and write the figures that the targets are about."""
+    dense, both = table["dense"], table["dance"]
+
+    def differences(first: Sequence[Row], second: Sequence[Row]) -> dict[str, float]:
+        return spread([one.miou - two.miou for one, two in zip(first, second, strict=True)])
+
+    middle = {row: statistics.median(times) for row, times in milliseconds.items()}
+    spreads = [max(r.miou for r in found) - min(r.miou for r in found) for found in table.values()]
+    ratios = {
+        "train_seconds_both_over_dense": spread([b.seconds / d.seconds for b, d in zip(both, dense, strict=True)]),
+        "train_gmacs_both_over_dense": spread([b.gmacs / d.gmacs for b, d in zip(both, dense, strict=True)]),
+        "inference_ms_both_over_dense": spread(
+            [b / d for b, d in zip(milliseconds["dance"], milliseconds["dense"], strict=True)]
+        ),
+        "miou_both_minus_dense": differences(both, dense),
+        "miou_both_minus_dense_at_equal_seconds": differences(both, table[SHORT]),
+        "miou_both_minus_random": differences(both, table[RANDOM]),
+        "miou_spread": spread(spreads),
+    }
+    lines = {}
+    for row, found in table.items():
+        scores = [one.miou for one in found]
+        seconds, gmacs = (statistics.mean(getattr(one, cost) for one in found) for cost in ("seconds", "gmacs"))
+        lines[row] = (
+            f"mIoU {statistics.mean(scores):.1f} ({min(scores):.1f} to {max(scores):.1f}), last fifth "
+            f"{statistics.mean(one.flattened for one in found):+.1f}, train {seconds:.0f} s {gmacs:,.0f} GMACs, "
+            f"inference {middle[row]:.1f} ms "
+            f"{found[0].inference_gmacs:.2f} GMACs"
+        )
+    notes: dict[str, Any] = {**lines, "runs": {row: [one.folder.name for one in found] for row, found in table.items()}}
+    write_result("four-rows", seeds, ratios, notes)
+
+
+if __name__ == "__main__":
+    run(main)
