@@ -51,6 +51,7 @@ class SmpModel(nn.Module):
         self.stride = only_size or size_divisor(self.network)
         self.minimum_size = minimum_size(self.arch, self.stride)
         _take_out_upsampling(self.network)
+        _add_without_stacking(self.network)
         take_out_unused(self.network, self.minimum_size)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -206,6 +207,22 @@ def _take_out_upsampling(network: nn.Module) -> None:
         head[1] = nn.Identity()
     else:
         head.upsampling_factor = 1.0
+
+
+class _Added(nn.Module):
+    """The sum of feature maps (N, C, H, W)."""
+
+    def forward(self, maps: list[Tensor]) -> Tensor:
+        return sum(maps[1:], start=maps[0])
+
+
+def _add_without_stacking(network: nn.Module) -> None:
+    """Let FPN add its levels one to another. SMP stacks them first, and the sum over a stack in channels_last was
+    measured at a quarter of the network's time on a CPU, time that does not shrink with the channels.
+    """
+    merge = getattr(getattr(network, "decoder", None), "merge", None)
+    if getattr(merge, "policy", None) == "add":
+        network.decoder.merge = _Added()  # type: ignore[union-attr]
 
 
 def _only_size(encoder_name: str) -> int | None:

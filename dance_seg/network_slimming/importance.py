@@ -4,7 +4,7 @@ A group's channels are scored together, over all tensors that make them. Scores 
 on all ranks, or from gradients, which are summed over the ranks first: each rank must cut the same channels.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal
 
 import numpy as np
@@ -122,21 +122,27 @@ def channels_to_keep(
     >>> channels_to_keep([group], [np.arange(16.0)], 0.5)[0].tolist()
     [8, 9, 10, 11, 12, 13, 14, 15]
     """
-    scored = [score for score in scores if score is not None]
-    threshold = -np.inf
-    if scope == "global" and scored:
-        everything = np.sort(np.concatenate(scored))
-        cut_off = len(everything) - int(len(everything) * fraction + 0.5)
-        threshold = everything[cut_off] if cut_off < len(everything) else np.inf
+    wanted_of_all = _wanted_of_each([score for score in scores if score is not None], fraction)
     kept = []
     for group, score in zip(groups, scores, strict=True):
         if score is None:
             kept.append(np.arange(group.channels))
             continue
-        wanted = float((score >= threshold).sum()) if scope == "global" else fraction * group.channels
+        of_all = next(wanted_of_all)
+        wanted = of_all if scope == "global" else fraction * group.channels
         count = rounded_width(wanted, group.channels, group.unit, minimum, round_to)
         kept.append(np.sort(np.argsort(-score, kind="stable")[:count]))
     return kept
+
+
+def _wanted_of_each(scored: Sequence[np.ndarray], fraction: float) -> Iterator[float]:
+    """How many channels of each group are among the best of all; equal scores give up the same share of each group."""
+    if not scored:
+        return
+    number = np.concatenate([np.full(len(score), n) for n, score in enumerate(scored)])
+    place = np.concatenate([np.argsort(np.argsort(-score, kind="stable")) / len(score) for score in scored])
+    best = np.lexsort((place, -np.concatenate(scored)))[: int(len(number) * fraction + 0.5)]
+    yield from np.bincount(number[best], minlength=len(scored)).astype(float)
 
 
 def rounded_width(wanted: float, channels: int, unit: int, minimum: int, round_to: int) -> int:

@@ -49,9 +49,14 @@ def slimmable(model: nn.Module, options: NetworkSlimming, input_size: tuple[int,
     return found
 
 
-def size_of(model: nn.Module, options: NetworkSlimming, input_size: tuple[int, int]) -> Size:
-    """The size of a model; the latency is measured only when the options ask for a share of it."""
-    groups = slimmable(model, options, input_size)
+def size_of(
+    model: nn.Module, options: NetworkSlimming, input_size: tuple[int, int], groups: Groups | None = None
+) -> Size:
+    """The size of a model; the latency is measured only when the options ask for a share of it.
+
+    `groups` are those of `slimmable`, where they are known.
+    """
+    groups = groups or slimmable(model, options, input_size)
     latency = measure_latency(model, input_size, time_limit_s=1.0).p50_ms if options.of == "latency" else None
     return Size(sum(group.channels for group in groups), count_macs(model, input_size).macs, latency)
 
@@ -63,7 +68,7 @@ def check_reachable(model: nn.Module, options: NetworkSlimming, input_size: tupl
         importance(model, groups, "bn_scale")
     if options.of == "latency":
         return  # known only once it is measured
-    full = size_of(model, options, input_size)
+    full = size_of(model, options, input_size, groups)
     scores = [np.zeros(group.channels) for group in groups]
     least = _share(model, options, groups, _kept(options, groups, scores, 0.0), input_size, full)
     if least > options.keep:
@@ -98,10 +103,11 @@ def slim(
     16
     """
     share = options.keep if share is None else share
-    full = full or size_of(model, options, input_size)
     models = [model, *followers]
-    _remove_weak_branches(models, options, input_size, seed, optimizers)
     groups = slimmable(model, options, input_size)
+    full = full or size_of(model, options, input_size, groups)
+    if _remove_weak_branches(models, options, input_size, seed, optimizers):
+        groups = slimmable(model, options, input_size)
     scores = importance(model, groups, options.importance, seed=seed)
     kept = _kept_for_share(model, options, groups, scores, share, input_size, full)
     for number, each in enumerate(models):
@@ -118,13 +124,15 @@ def _remove_weak_branches(
     input_size: tuple[int, int],
     seed: int,
     optimizers: Sequence[torch.optim.Optimizer],
-) -> None:
+) -> bool:
+    """Whether there were any."""
     model = models[0]
     if not options.branches or not find_branches(model):
-        return
+        return False
     groups = find_groups(model, input_size)
     scores = importance(model, groups, options.importance, seed=seed)
-    for path in weak_branches(model, groups, scores, options.branches):
+    weak = weak_branches(model, groups, scores, options.branches)
+    for path in weak:
         for each in models:
             remove_branch(
                 each,
@@ -134,6 +142,7 @@ def _remove_weak_branches(
                 minimum=options.min_channels,
                 optimizers=optimizers if each is model else (),
             )
+    return bool(weak)
 
 
 def _kept(options: NetworkSlimming, groups: Groups, scores: Sequence[np.ndarray | None], fraction: float) -> Kept:

@@ -161,6 +161,23 @@ def test_what_reads_a_branch_keeps_the_minimum_of_its_channels_where_branches_ar
     assert without(randomised(Pyramid(joined=False)), "levels.1", minimum=3).last.in_channels == 16
 
 
+def test_a_branch_that_pools_to_a_fixed_size_does_so_for_images_of_any_size():
+    class Pools(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.levels = nn.ModuleList([nn.Sequential(nn.AdaptiveAvgPool2d(4), block(3, 8, 1)) for _ in range(2)])
+            self.levels.multi_scale = True
+            self.last = conv(16, 2)
+
+        def forward(self, images: Tensor) -> Tensor:
+            return self.last(torch.cat([level(images) for level in self.levels], 1))
+
+    model = randomised(Pools())
+    cut = without(model, "levels.0")
+    assert cut.levels[0].record() == [8, None, [4, 4]]
+    assert_equal_output(cut, silenced(model, "levels.0"), (24, 40))
+
+
 def test_several_branches_go_one_after_another_but_not_the_last():
     model = randomised(Pyramid(joined=True))
     expected = silenced(silenced(model, "levels.0"), "levels.2")
@@ -262,6 +279,7 @@ def test_one_of_all_branches_always_stays(joined):
     model = with_scales(Pyramid(joined), 0.01, 1.0, 0.0001)
     assert weak(model, 0.99) == ["levels.2", "levels.0"]
     assert weak(with_scales(Pyramid(joined), 0.0, 0.0, 0.0), 0.99) == []
+    assert len(weak(with_scales(Pyramid(joined), 1.0, 1.0, 1.0), 2.0)) == 2
 
 
 def test_branches_that_are_gone_are_not_compared():
