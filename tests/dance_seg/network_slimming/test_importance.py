@@ -254,6 +254,14 @@ def test_of_equal_scores_the_first_are_kept():
     assert keep([np.arange(100) % 2], 0.25, scope="group") == [list(range(1, 50, 2))]
 
 
+def test_of_equal_scores_in_several_groups_each_gives_up_the_same_share():
+    halves = keep([np.ones(4), np.ones(8)], 0.5)
+    assert halves == [[0, 1], [0, 1, 2, 3]]
+    assert [len(stay) for stay in keep([np.ones(4), np.ones(8)], 0.25)] == [1, 2]
+    # those above and below the equal ones are taken first and last, whatever their place
+    assert keep([np.array([1.0, 1.0, 2.0, 1.0]), np.array([1.0, 0.0, 1.0, 1.0])], 0.5) == [[0, 2], [0, 2]]
+
+
 def test_groups_without_a_score_stay_whole_and_do_not_count():
     assert keep([None, WEAK], 0.5) == [[0, 1, 2, 3], [0, 2]]
     assert keep([None, WEAK], 0.5, scope="group") == [[0, 1, 2, 3], [0, 2]]
