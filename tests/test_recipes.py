@@ -28,7 +28,21 @@ SHORT = (
 )
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+# One of each data set and each row in `make test`; the others in `make test-all`.
+REPRESENTATIVES = {
+    "shapes_dense",
+    "camvid_dance",
+    "cityscapes_data_slimming",
+    "ade20k_network_slimming",
+    "folder_dense",
+    "camvid_dance_segformer",
+}
+
+
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(p, marks=() if p.stem in REPRESENTATIVES else pytest.mark.slow, id=p.stem) for p in RECIPES],
+)
 def test_a_recipe_takes_two_steps(path, tmp_path):
     recipe = load_recipe(path)
     changes = [*SHORT, f"data.args.cache_dir={tmp_path / 'cache'}"]

@@ -38,7 +38,8 @@ from datamodules.transforms import Augmentation, TrainingImages
 from tools.bench.common import interleave, ratio, write_result
 from tools.make_shapes import write_layout
 
-KEY = "pipeline_vs_reference"
+KEY, MEMORY_KEY = "pipeline_vs_reference", "memory_all_over_few_images"
+FEW = 48  # images
 CROP = (360, 480)
 BATCH_SIZE = 8
 RANDOM_SCALE = (0.5, 2.0)
@@ -118,6 +119,32 @@ def our_epoch(loader: DataLoader) -> None:
         assert images.dtype == torch.float32
 
 
+def memory_growth(source: CachedSource) -> dict[str, float] | None:
+    """The process's own memory after epochs over all images, over that after epochs over a few; 1 is no growth.
+
+    Pages of the decoded cache are the file's and the system's, not the process's. None where the system does not tell.
+    """
+    status = Path("/proc/self/status")
+    if not status.is_file():
+        return None
+
+    def resident() -> float:
+        return next(float(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("RssAnon"))
+
+    found = []
+    for count in (FEW, len(source)):
+        images = TrainingImages(source, CROP, Augmentation(random_scale=RANDOM_SCALE), seed=0)
+        how: dict[str, Any] = {"batch_sampler": Epochs(count), "collate_fn": as_it_is}
+        loader = DataLoader(images, num_workers=0, **how)
+        our_epoch(loader)  # grows what is kept for batches of this size
+        readings = []
+        for _ in range(3):
+            our_epoch(loader)
+            readings.append(resident())
+        found.append(readings)
+    return ratio(found[1], found[0])
+
+
 def describe(images: Tensor, labels: Tensor, ignored: int) -> tuple[float, float, float]:
     """Mean and standard deviation of the normalised pixels that have a label, and the share of those that have none."""
     known = labels != ignored
@@ -144,6 +171,7 @@ def measure(root: Path, cache: Path, runs: int) -> None:
     source = open_cache(FileSource(pairs, label_table), folder=cache)
     build_seconds = time.perf_counter() - start
     reference, ours = reference_loader(pairs), our_loader(source)
+    memory = memory_growth(source)  # before the other side's memory is there
     distributions = compare_distributions(reference, ours)
     before = decodes()
     times = interleave({"reference": lambda: reference_epoch(reference), "ours": lambda: our_epoch(ours)}, runs)
@@ -162,7 +190,8 @@ def measure(root: Path, cache: Path, runs: int) -> None:
         "threads": {"torch": torch.get_num_threads(), "opencv": cv2.getNumThreads()},
         **distributions,
     }
-    write_result("pipeline", runs, {KEY: ratio(times["reference"], times["ours"])}, notes)
+    ratios = {KEY: ratio(times["reference"], times["ours"])} | ({MEMORY_KEY: memory} if memory else {})
+    write_result("pipeline", runs, ratios, notes)
 
 
 def main() -> None:
