@@ -224,12 +224,9 @@ class SegmentationDataModule(LightningDataModule):
 
     def statistics_batches(self) -> Iterator[Tensor]:
         """Normalised full images of a fixed list of training images, for BatchNorm statistics."""
-        images = EvaluationImages(self.source("train"), self.resolution)
-        chosen = generator(self.seed, Stream.STATISTICS).permutation(len(images))[: self.statistics_images]
         waiting: dict[tuple[int, ...], list[Tensor]] = {}
-        ranks, rank = self._ranks
-        for index in chosen[rank::ranks]:  # the sums are taken over the ranks
-            image = images[int(index)].images[0]
+        for batch in self._statistics_images():
+            image = batch.images[0]
             alike = waiting.setdefault(tuple(image.shape), [])
             alike.append(image)
             if len(alike) == 4:
@@ -240,14 +237,18 @@ class SegmentationDataModule(LightningDataModule):
 
     def labelled_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Normalised full images (1, 3, H, W) of the same fixed list and their labels (1, H, W), for gradients."""
+        for batch in self._statistics_images():
+            size = (batch.images.shape[-2], batch.images.shape[-1])
+            labels = functional.interpolate(batch.labels[:, None].float(), size=size, mode="nearest")
+            yield normalise(batch.images), labels[:, 0].long()
+
+    def _statistics_images(self) -> Iterator[Batch]:
+        """This rank's share of a fixed list of training images, full and one at a time; sums are taken over ranks."""
         images = EvaluationImages(self.source("train"), self.resolution)
         chosen = generator(self.seed, Stream.STATISTICS).permutation(len(images))[: self.statistics_images]
         ranks, rank = self._ranks
         for index in chosen[rank::ranks]:
-            batch = images[int(index)]
-            size = (batch.images.shape[-2], batch.images.shape[-1])
-            labels = functional.interpolate(batch.labels[:, None].float(), size=size, mode="nearest")
-            yield normalise(batch.images), labels[:, 0].long()
+            yield images[int(index)]
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Normalise on the device, where a quarter of the bytes arrived.

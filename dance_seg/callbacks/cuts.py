@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dance_seg.batch_norm import reestimate_batch_norm
 from dance_seg.callbacks.ledger import CostLedger
+from dance_seg.cost.macs import count_macs
 from dance_seg.machine import write_text
 from dance_seg.module import write_figures
 from dance_seg.network_slimming.importance import channels_to_keep, importance
@@ -73,21 +74,20 @@ class NetworkCuts(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Take the measure of the full network, once."""
-        if self.full is None:
-            self.full = size_of(pl_module.model, self.options, self.input_size)
-            sizes = trainer.strategy.broadcast(self.full) if trainer.world_size > 1 else self.full
-            self.full = sizes  # a latency that rank 0 has measured
-            self.widths = layer_widths(pl_module.model)
         self._prepare(pl_module)
+        if self.full is None:
+            full = size_of(pl_module.model, self.options, self.input_size, self.groups)
+            # A latency is that which rank 0 has measured.
+            self.full = trainer.strategy.broadcast(full) if trainer.world_size > 1 else full
+            self.widths = layer_widths(pl_module.model)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Cut when a cut is due, and has not been made by the run that is resumed."""
         epoch = trainer.current_epoch
         share = self.due(epoch)
         if share is not None:
-            self._cut(trainer, pl_module, share)
             self.cut_in.append(epoch)
-            self._prepare(pl_module)
+            self._cut(trainer, pl_module, share)
 
     def due(self, epoch: int) -> float | None:
         """The share that is to be left before an epoch begins; None when no cut is due."""
@@ -118,35 +118,28 @@ class NetworkCuts(Callback):
 
     def _cut(self, trainer: Trainer, pl_module: Any, share: float) -> None:
         began = time.perf_counter()
-        macs = 0
-
-        def charged(batches: Iterable[Any]) -> Iterable[Any]:
-            nonlocal macs
-            for batch in batches:
-                images = batch[0] if isinstance(batch, tuple) else batch
-                cost = self.ledger.training_cost((images.shape[-2], images.shape[-1]))
-                macs += len(images) * (cost.macs if isinstance(batch, tuple) else cost.forward_macs)
-                yield batch
-
+        labelled = self.labelled() if self.options.importance == "taylor" else None
         pl_module.slim(
             self.options,
             share=share,
             input_size=self.input_size,
             full=self.full,
             seed=self.seed + trainer.current_epoch,
-            labelled=charged(self.labelled()) if self.options.importance == "taylor" else None,
+            labelled=labelled and self.ledger.charged("cuts", labelled, backward=True),
         )
         self.ledger.renew(pl_module.model)
-        reestimate_batch_norm(pl_module.model, (images.to(pl_module.device) for images in charged(self.images())))
+        images = self.ledger.charged("cuts", self.images())
+        reestimate_batch_norm(pl_module.model, (batch.to(pl_module.device) for batch in images))
         renew = getattr(trainer.strategy, "renew", None)
         if renew is not None:
             renew()
-        now = size_of(pl_module.model, self.options, self.input_size)
+        self._prepare(pl_module)
+        macs = count_macs(pl_module.model, self.input_size).macs
         assert self.full is not None
         figures = {
-            "slim/macs": now.macs / self.full.macs,
-            "slim/channels": now.channels / self.full.channels,
-            "slim/gmacs": now.macs / 1e9,
+            "slim/macs": macs / self.full.macs,
+            "slim/channels": sum(group.channels for group in self.groups) / self.full.channels,
+            "slim/gmacs": macs / 1e9,
             "slim/parameters": sum(parameter.numel() for parameter in pl_module.model.parameters()),
         }
         write_figures(pl_module, figures)
@@ -161,4 +154,4 @@ class NetworkCuts(Callback):
         if self.tracker is not None:
             shares = np.array([now / full for full, now in record["layers"].values()])
             self.tracker.log_histogram("slim/kept_of_each_layer", shares, trainer.global_step)
-        self.ledger.charge("cuts", time.perf_counter() - began, macs)
+        self.ledger.charge_seconds("cuts", time.perf_counter() - began)

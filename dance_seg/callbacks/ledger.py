@@ -2,17 +2,21 @@
 
 import json
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pytorch_lightning import Callback, LightningModule, Trainer
+from torch import Tensor
 
 from dance_seg.cost.ledger import Ledger, MacsPerSize, merge_ranks
-from dance_seg.cost.macs import Cost, TrainingCost, count_macs
+from dance_seg.cost.macs import Cost, count_macs
 from dance_seg.distributed import gather, rank
 from dance_seg.machine import write_text
 from dance_seg.module import write_figures
 from dance_seg.sample import Batch
+
+Images = TypeVar("Images", Tensor, tuple[Tensor, Tensor])
 
 
 class CostLedger(Callback):
@@ -65,19 +69,27 @@ class CostLedger(Callback):
         self._mark = time.perf_counter()
         self.ledger.add("validation", seconds=self._mark - self._validation_began)
 
-    def training_cost(self, size: tuple[int, int]) -> TrainingCost:
-        """MACs of one image, forward and backward, at a size."""
+    def charged(self, kind: str, batches: Iterable[Images], *, backward: bool = False) -> Iterator[Images]:
+        """Batches on their way through the network, whose MACs are charged under a kind at their size.
+
+        A batch is images (N, 3, H, W), or a tuple that begins with them.
+        """
         assert self._macs is not None
-        return self._macs(size)
+        for batch in batches:
+            images = batch[0] if isinstance(batch, tuple) else batch
+            cost = self._macs(images.shape[-2:])
+            macs = len(images) * (cost.macs if backward else cost.forward_macs)
+            self.ledger.add(kind, seconds=0.0, macs=macs)
+            yield batch
 
     def renew(self, model: Any) -> None:
         """Count the steps to come anew: the network has another structure now."""
         assert self._macs is not None
         self._macs.renew(model)
 
-    def charge(self, kind: str, seconds: float, macs: int) -> None:
-        """Charge work between two steps under its own name; the next step's clock begins after it."""
-        self.ledger.add(kind, seconds=seconds, macs=macs)
+    def charge_seconds(self, kind: str, seconds: float) -> None:
+        """Charge the time of work between two steps under its own name; the next step's clock begins after it."""
+        self.ledger.add(kind, seconds=seconds)
         self._mark = time.perf_counter()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:

@@ -27,14 +27,7 @@ class ReestimatedStatistics(Callback):
         if not self.due(trainer.current_epoch):
             return
         began = time.perf_counter()
-        macs = 0
-
-        def counted() -> Iterable[Tensor]:
-            nonlocal macs
-            for images in self.images():
-                macs += len(images) * self.ledger.training_cost((images.shape[-2], images.shape[-1])).forward_macs
-                yield images.to(pl_module.device)
-
-        reestimate_batch_norm(pl_module.evaluated_model, counted())
+        images = self.ledger.charged("batch_norm", self.images())
+        reestimate_batch_norm(pl_module.evaluated_model, (batch.to(pl_module.device) for batch in images))
         pl_module.evaluated_model.eval()
-        self.ledger.ledger.add("batch_norm", seconds=time.perf_counter() - began, macs=macs)
+        self.ledger.ledger.add("batch_norm", seconds=time.perf_counter() - began)

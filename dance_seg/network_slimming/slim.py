@@ -129,19 +129,15 @@ def _remove_weak_branches(
     model = models[0]
     if not options.branches or not find_branches(model):
         return False
-    groups = find_groups(model, input_size)
+    groups = find_groups(model, input_size)  # of the whole network, whatever `only` leaves of it for cutting
     scores = importance(model, groups, options.importance, seed=seed)
     weak = weak_branches(model, groups, scores, options.branches)
-    for path in weak:
+    for number, path in enumerate(weak):
+        if number:
+            groups = find_groups(model, input_size)  # others since the branch before this went
         for each in models:
-            remove_branch(
-                each,
-                path,
-                find_groups(each, input_size),
-                input_size,
-                minimum=options.min_channels,
-                optimizers=optimizers if each is model else (),
-            )
+            followed = optimizers if each is model else ()
+            remove_branch(each, path, groups, input_size, minimum=options.min_channels, optimizers=followed)
     return bool(weak)
 
 

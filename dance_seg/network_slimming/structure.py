@@ -12,12 +12,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from dance_seg.errors import CheckpointError
 from dance_seg.network_slimming.branches import Absent, put_absent
-from dance_seg.network_slimming.surgery import fit_attributes, take_positions
+from dance_seg.network_slimming.surgery import fit_attributes, shrink
 
 
 def structure_record(model: nn.Module) -> dict[str, Any]:
@@ -38,7 +38,6 @@ def structure_hash(model: nn.Module) -> str:
     return hashlib.sha256(json.dumps(structure_record(model), sort_keys=True).encode()).hexdigest()
 
 
-@torch.no_grad()
 def restructure(model: nn.Module, record: Mapping[str, Any], *, at: str = "structure") -> None:
     """Make a full network as narrow as a record says, in place; its values are then to be loaded.
 
@@ -47,20 +46,11 @@ def restructure(model: nn.Module, record: Mapping[str, Any], *, at: str = "struc
     shapes, groups, absent = _checked(model, record, at)
     for path, branch in absent.items():
         put_absent(model, path, branch)
-    replaced: dict[int, tuple[Tensor, Tensor]] = {}  # old -> (old, new)
-    for path, module in model.named_modules():
-        for store in (module._parameters, module._buffers):
-            for name, tensor in store.items():
-                shape = shapes.get(f"{path}.{name}" if path else name)
-                if tensor is None or shape is None or tuple(shape) == tuple(tensor.shape):
-                    continue
-                if id(tensor) in replaced:  # tied weights
-                    store[name] = replaced[id(tensor)][1]  # type: ignore[assignment]
-                    continue
-                narrow = take_positions(tensor.detach(), {dim: torch.arange(size) for dim, size in enumerate(shape)})
-                learnt = isinstance(tensor, nn.Parameter)
-                store[name] = nn.Parameter(narrow, tensor.requires_grad) if learnt else narrow  # type: ignore[assignment]
-                replaced[id(tensor)] = (tensor, store[name])  # type: ignore[assignment]
+    left = {
+        name: {dim: torch.arange(size) for dim, size in enumerate(shapes[name]) if size < tensor.shape[dim]}
+        for name, tensor in model.state_dict().items()
+    }
+    shrink(model, left)
     for path, module in model.named_modules():
         fit_attributes(module, groups.get(path, 1) if groups is not None else None)
 

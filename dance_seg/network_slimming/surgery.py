@@ -18,7 +18,8 @@ from dance_seg.network_slimming.channels import Group
 Kept = Sequence[np.ndarray]
 """The channels of each group that stay, ascending."""
 
-_STATISTICS = ("running_mean", "running_var")
+Replaced = Mapping[int, tuple[Tensor, Tensor, dict[int, Tensor]]]
+"""By the id of an old tensor: that tensor, the new one, and the positions kept along each dimension."""
 
 
 @torch.no_grad()
@@ -36,8 +37,20 @@ def cut(
     >>> [tuple(parameter.shape) for parameter in model.parameters() if parameter.ndim > 1]
     [(3, 3, 3, 3), (2, 3, 1, 1)]
     """
-    left = kept_positions(model, groups, kept)
-    replaced: dict[int, tuple[Tensor, Tensor, dict[int, Tensor]]] = {}  # old -> (old, new, positions kept by dim)
+    replaced = shrink(model, kept_positions(model, groups, kept))
+    for module in model.modules():
+        fit_attributes(module)
+    for optimizer in optimizers:
+        _cut_optimizer(optimizer, replaced)
+
+
+@torch.no_grad()
+def shrink(model: nn.Module, left: Mapping[str, dict[int, Tensor]]) -> Replaced:
+    """Replace tensors of a model by what is left of them, in place; layers' attributes are not touched.
+
+    `left` says for each tensor, by name, which positions stay along its dimensions. Tied weights stay tied.
+    """
+    replaced: dict[int, tuple[Tensor, Tensor, dict[int, Tensor]]] = {}
     for path, module in model.named_modules():
         for store in (module._parameters, module._buffers):
             for name, tensor in store.items():
@@ -49,10 +62,7 @@ def cut(
                 elif positions:
                     store[name] = _shrunk(tensor, positions)  # type: ignore[assignment]
                     replaced[id(tensor)] = (tensor, store[name], positions)  # type: ignore[assignment]
-    for module in reversed(list(model.modules())):  # what a module is made of before itself
-        fit_attributes(module)
-    for optimizer in optimizers:
-        _cut_optimizer(optimizer, replaced)
+    return replaced
 
 
 @torch.no_grad()
@@ -149,9 +159,7 @@ def _shrunk(tensor: Tensor, positions: Mapping[int, Tensor]) -> Tensor:
     return new
 
 
-def _cut_optimizer(
-    optimizer: torch.optim.Optimizer, replaced: Mapping[int, tuple[Tensor, Tensor, dict[int, Tensor]]]
-) -> None:
+def _cut_optimizer(optimizer: torch.optim.Optimizer, replaced: Replaced) -> None:
     for group in optimizer.param_groups:
         group["params"] = [
             replaced[id(parameter)][1] if id(parameter) in replaced else parameter for parameter in group["params"]

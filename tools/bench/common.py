@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from dance_seg.machine import processor
 
@@ -61,6 +61,12 @@ def machine() -> dict[str, Any]:
         "system": platform.system(),
         "python": platform.python_version(),
     }
+
+
+def memory(key: Literal["VmRSS", "VmHWM", "RssAnon"]) -> int:
+    """Bytes of memory this process holds (VmRSS), held at most (VmHWM) or has of its own (RssAnon); on Linux."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:"))
 
 
 def versions() -> dict[str, str]:

@@ -35,7 +35,7 @@ from datamodules.decoded_cache import CachedSource, open_cache
 from datamodules.image_files import decodes
 from datamodules.sources import FileSource, Pair
 from datamodules.transforms import Augmentation, TrainingImages
-from tools.bench.common import interleave, ratio, write_result
+from tools.bench.common import interleave, memory, ratio, write_result
 from tools.make_shapes import write_layout
 
 KEY, MEMORY_KEY = "pipeline_vs_reference", "memory_all_over_few_images"
@@ -124,23 +124,18 @@ def memory_growth(source: CachedSource) -> dict[str, float] | None:
 
     Pages of the decoded cache are the file's and the system's, not the process's. None where the system does not tell.
     """
-    status = Path("/proc/self/status")
-    if not status.is_file():
+    if not Path("/proc/self/status").is_file():
         return None
-
-    def resident() -> float:
-        return next(float(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("RssAnon"))
-
     found = []
     for count in (FEW, len(source)):
         images = TrainingImages(source, CROP, Augmentation(random_scale=RANDOM_SCALE), seed=0)
         how: dict[str, Any] = {"batch_sampler": Epochs(count), "collate_fn": as_it_is}
         loader = DataLoader(images, num_workers=0, **how)
         our_epoch(loader)  # grows what is kept for batches of this size
-        readings = []
+        readings: list[float] = []
         for _ in range(3):
             our_epoch(loader)
-            readings.append(resident())
+            readings.append(memory("RssAnon"))
         found.append(readings)
     return ratio(found[1], found[0])
 

@@ -31,7 +31,7 @@ from dance_seg.models.smp import SmpModel
 from dance_seg.module import make_optimizer
 from dance_seg.network_slimming import NetworkSlimming, slim
 from dance_seg.options import Optimizer
-from tools.bench.common import interleave, ratio, spread, write_result
+from tools.bench.common import interleave, memory, ratio, spread, write_result
 from tools.cli import parser, run
 
 
@@ -290,12 +290,6 @@ def forget_memory() -> None:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
-
-
-def memory(key: Literal["VmRSS", "VmHWM"]) -> int:
-    """Bytes of memory this process holds (VmRSS), or has held at most (VmHWM)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:"))
 
 
 # Coverage ------------------------------------------------------------------------------------------------------------
