@@ -281,3 +281,22 @@ def test_class_weights_must_be_one_per_class() -> None:
 def test_options_that_make_no_loss_are_refused(options: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Loss(**options)  # type: ignore[arg-type]
+
+
+def test_lovasz_has_the_same_gradient_by_numpys_sort_as_by_torchs() -> None:
+    generator = torch.Generator().manual_seed(0)
+    errors = torch.rand(3, 500, generator=generator)
+    errors[:, :100] = 0.0  # ignored pixels and sure ones
+    errors[0, 100:110] = 0.25
+    targets = torch.rand(3, 500, generator=generator) < 0.3
+    targets[0, 100:110] = True  # equal errors in any order
+    by_numpy = losses._jaccard_steps_on_cpu(errors.numpy(), targets.numpy())
+    order = errors.argsort(dim=1, descending=True)
+    hits = targets.gather(1, order).double()
+    jaccard = 1 - (hits.sum(1, keepdim=True) - hits.cumsum(1)) / (hits.sum(1, keepdim=True) + (1 - hits).cumsum(1))
+    steps = torch.diff(jaccard, dim=1, prepend=torch.zeros(3, 1, dtype=torch.float64))
+    counted = errors > 0  # where an error is 0 its step counts nothing
+    expected = torch.empty_like(steps).scatter_(1, order, steps).float()
+    different = counted & ~((errors == 0.25) & (torch.arange(3) == 0)[:, None])
+    torch.testing.assert_close(torch.from_numpy(by_numpy)[different], expected[different])
+    torch.testing.assert_close(torch.from_numpy(by_numpy).sum(1), torch.ones(3))  # all of the Jaccard loss
