@@ -51,7 +51,7 @@ train: setup  ## train RECIPE=recipes/... with ARGS="key=value ..."
 train-%: setup  ## train recipes/%.yaml, such as make train-camvid_data_slimming ARGS="data.args.root=DIR"
 	$(RUN) -m tools.train recipes/$*.yaml $(ARGS)
 
-bench-%: setup  ## measure a benchmark: pipeline, complexity, evaluator, epoch or slimming
+bench-%: setup  ## measure a benchmark: pipeline, complexity, evaluator, epoch, slimming, export or startup
 	$(RUN) -m tools.bench.$*
 
 four-rows: setup  ## dense, data, network, both and their controls on CamVid: ROOT=DIR ARGS="--seeds 0 1 key=value ..." (hours)

@@ -14,31 +14,32 @@ from pytorch_lightning import Trainer
 from pytorch_lightning.strategies import DDPStrategy
 from pytorch_lightning.utilities.rank_zero import rank_zero_info
 from torch import nn
-from tqdm import tqdm
 
 from dance_seg.callbacks import (
     Checkpoints,
     CostLedger,
     ExactResume,
+    ImageLosses,
     NetworkCuts,
     Pictures,
     PlanInLog,
     ReestimatedStatistics,
+    TrainingEnergy,
     checkpoint_of,
 )
 from dance_seg.checkpoint import atomic_checkpoint_io, check_writable, clean_temporary, newest_valid
 from dance_seg.machine import processor, write_text
-from dance_seg.metrics import Scores, confusion_matrix, scores
 from dance_seg.models import MODELS
-from dance_seg.module import SegmentationModule, predict_labels
+from dance_seg.module import SegmentationModule
 from dance_seg.network_slimming.slim import check_reachable
 from dance_seg.network_slimming.structure import restructure
-from dance_seg.normalise import normalise
 from dance_seg.part import Part, build_part
-from dance_seg.recipe import Recipe, recipe_differences, recipe_from_record, recipe_record, save_recipe
+from dance_seg.recipe import Recipe, load_recipe, recipe_differences, recipe_from_record, recipe_record, save_recipe
 from dance_seg.tracking import GuardedWandbLogger, JsonlLogger, guarded_wandb_logger
 
 if TYPE_CHECKING:
+    from dance_seg.execution import Execution
+    from dance_seg.options import Training
     from datamodules.base import SegmentationDataModule
 
 # Keys that may differ when a run goes on: they change where and how fast it runs, not what it computes.
@@ -54,6 +55,10 @@ FREE_KEYS = (
     "data.args.workers",
     "data.args.cache_",
 )
+
+
+MEASURING_SECONDS = 600
+"""How long other ranks wait for rank 0 to prepare the data and measure how to execute a step."""
 
 
 class UnevenValidation(DDPStrategy):
@@ -118,9 +123,10 @@ def build_trainer(recipe: Recipe, datamodule: "SegmentationDataModule", folder: 
         project=recipe.tracking.project,
         name=recipe.name,
         run_id=run_id,
-        config=recipe_record(recipe),
+        config=recipe_record(recipe) | {"run": _notes(folder)},
         group=recipe.tracking.group,
         tags=list(recipe.tracking.tags),
+        artifacts=recipe.tracking.artifacts,
     )
 
     def may_choose(epoch: int) -> bool:
@@ -161,9 +167,11 @@ def build_trainer(recipe: Recipe, datamodule: "SegmentationDataModule", folder: 
         logger=[metrics, *([mirror] if mirror is not None else [])],
         callbacks=[
             ExactResume(recipe.seed),
+            TrainingEnergy(ledger),
             ledger,
             *([cuts] if cuts else []),
             PlanInLog(mirror),
+            ImageLosses(folder),
             ReestimatedStatistics(datamodule.statistics_batches, may_choose, ledger),
             Pictures(folder / "pictures", datamodule.label_table.palette, mirror),
             Checkpoints(
@@ -192,7 +200,7 @@ def train(recipe: Recipe, datamodule: "SegmentationDataModule", folder: Path) ->
     """
     main = is_main()
     if main:
-        _open_folder(recipe, folder)
+        recipe = _open_folder(recipe, folder)
     torch.set_num_threads(recipe.trainer.threads or os.cpu_count() or 1)
     # The seed also decides the initial weights, so it is set before the model is built.
     torch.manual_seed(recipe.seed)
@@ -205,11 +213,13 @@ def train(recipe: Recipe, datamodule: "SegmentationDataModule", folder: Path) ->
     )
     if recipe.network_slimming is not None:
         check_reachable(model, recipe.network_slimming, datamodule.crop)
+    datamodule.prepare_data()
+    if recipe.trainer.execution == "auto":
+        recipe = _with_measured_execution(recipe, folder, model, datamodule)
     found = newest_valid(folder / "checkpoints", "step-*.ckpt")
     if found is not None and "structure" in found[1]:
         restructure(model, found[1]["structure"], at=f"{found[0]}: structure")
     module = build_module(recipe, model, datamodule)
-    datamodule.prepare_data()
     if main:
         write_plan(folder, datamodule)
         _note(folder, classes=list(datamodule.classes))
@@ -289,25 +299,37 @@ def load_model(path: Path, *, averaged: bool = True) -> tuple[nn.Module, dict[st
     record = checkpoint.get("dance_seg")
     if record is None:
         raise CheckpointError(f"{path}: holds no dance_seg record; give a checkpoint that tools.train wrote")
-    recipe = recipe_from_record(record["recipe"], at=f"{path}:recipe")
-    if recipe.model.args.get("encoder_weights"):
-        # The checkpoint holds the weights; nothing is to be fetched.
-        recipe = replace(recipe, model=Part(recipe.model.name, {**recipe.model.args, "encoder_weights": None}))
-    model = build_model(recipe, len(record["labels"]["classes"]))
-    if "structure" in checkpoint:
-        restructure(model, checkpoint["structure"], at=f"{path}: structure")
     if averaged and "average" in checkpoint:
         weights = checkpoint["average"]["state_dict"]
     else:
         prefix = "model."
         weights = {k[len(prefix) :]: v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
+    return model_of_record(record, checkpoint.get("structure"), weights, at=str(path)), record
+
+
+def model_of_record(
+    record: dict[str, Any], structure: dict[str, Any] | None, weights: dict[str, Any], *, at: str
+) -> nn.Module:
+    """The network that a checkpoint's record, structure and tensors describe, on the CPU in evaluation mode.
+
+    Without a structure it is the full network of the recipe. Raises CheckpointError, beginning with `at`, when they do
+    not fit together.
+    """
+    from dance_seg.errors import CheckpointError
+
+    recipe = recipe_from_record(record["recipe"], at=f"{at}:recipe")
+    if recipe.model.args.get("encoder_weights"):
+        # The weights are at hand; nothing is to be fetched.
+        recipe = replace(recipe, model=Part(recipe.model.name, {**recipe.model.args, "encoder_weights": None}))
+    model = build_model(recipe, len(record["labels"]["classes"]))
+    if structure is not None:
+        restructure(model, structure, at=f"{at}: structure")
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
-        raise CheckpointError(
-            f"{path}: its tensors do not fit its recipe: {str(error).splitlines()[1].strip()}"
-        ) from None
-    return model.eval(), record
+        why = str(error).splitlines()[1].strip()
+        raise CheckpointError(f"{at}: its tensors do not fit its recipe: {why}") from None
+    return model.eval()
 
 
 def load_run(folder: Path, choice: str = "best") -> tuple[nn.Module, dict[str, Any], Path]:
@@ -320,34 +342,59 @@ def load_run(folder: Path, choice: str = "best") -> tuple[nn.Module, dict[str, A
     return model, record, path
 
 
-@torch.inference_mode()
-def evaluate(model: nn.Module, datamodule: "SegmentationDataModule", split: str) -> Scores:
-    """The scores of a network on a split, at the labels' own resolution, with a progress bar."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = model.to(device).eval()
-    matrix = np.zeros((len(datamodule.classes),) * 2, np.int64)
-    for batch in tqdm(datamodule.evaluation_loader(split), desc=f"evaluate {split}", unit="image"):
-        labels = predict_labels(model, normalise(batch.images.to(device)), tuple(batch.labels.shape[-2:]))
-        matrix += np.asarray(confusion_matrix(labels.cpu().numpy(), batch.labels.numpy(), len(datamodule.classes)))
-    return scores(matrix)
+def _open_folder(recipe: Recipe, folder: Path) -> Recipe:
+    """Make the run folder, or check that the run in it is this one; returns the recipe with what that run has chosen.
 
-
-def _open_folder(recipe: Recipe, folder: Path) -> None:
-    """Make the run folder, or check that the run in it is this one."""
-    from dance_seg.recipe import load_recipe
-
+    A recipe whose execution is still to be measured is not written yet.
+    """
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     check_writable(folder)
     clean_temporary(folder / "checkpoints")
     there = folder / "recipe.yaml"
     if there.is_file():
-        differing = [d for d in recipe_differences(load_recipe(there), recipe) if not d.startswith(FREE_KEYS)]
+        earlier = load_recipe(there)
+        if recipe.trainer.execution == earlier.trainer.execution == "auto":
+            recipe = _with_execution(recipe, earlier.trainer)
+        differing = [d for d in recipe_differences(earlier, recipe) if not d.startswith(FREE_KEYS)]
         if differing:
             raise ValueError(
                 f"{folder} holds a run of another recipe (there / here: {'; '.join(differing[:5])}); choose another "
                 f"name=..., or move {folder} away"
             )
-    save_recipe(recipe, there)
+    if there.is_file() or recipe.trainer.execution != "auto":
+        save_recipe(recipe, there)
+    return recipe
+
+
+def _with_measured_execution(
+    recipe: Recipe, folder: Path, model: nn.Module, datamodule: "SegmentationDataModule"
+) -> Recipe:
+    """The recipe with the execution that stands in the run's recipe.yaml; measured and written there if it is new."""
+    from dance_seg.execution import choose, described, workload
+
+    there = folder / "recipe.yaml"
+    if is_main() and not there.is_file():
+        batches, ranks = datamodule.batches, recipe.trainer.devices * recipe.trainer.num_nodes
+        paid = np.sum([epoch.images_per_scale for epoch in datamodule.schedule], axis=0)
+        work = workload(batches.sizes, [count // ranks for count in batches.images_per_batch], paid.tolist())
+        steps = sum(epoch.steps for epoch in datamodule.schedule)
+        chosen, trials = choose(recipe, model, work, len(datamodule.classes), steps=steps)
+        rank_zero_info(described(chosen, trials))
+        _note(folder, execution=[{**trial.execution._asdict(), "milliseconds": trial.milliseconds} for trial in trials])
+        save_recipe(_with_execution(recipe, chosen), there)
+    end = time.monotonic() + MEASURING_SECONDS
+    while not there.is_file():  # the other ranks of a launcher that starts them all at once
+        if time.monotonic() > end:
+            raise TimeoutError(
+                f"{there} was not written within {MEASURING_SECONDS} s; has rank 0 ended? See its messages"
+            )
+        time.sleep(0.2)
+    return _with_execution(recipe, load_recipe(there).trainer)
+
+
+def _with_execution(recipe: Recipe, execution: "Execution | Training") -> Recipe:
+    chosen = {key: getattr(execution, key) for key in ("precision", "channels_last", "compile")}
+    return replace(recipe, trainer=replace(recipe.trainer, **chosen))
 
 
 def _run_id(folder: Path) -> str:

@@ -9,7 +9,7 @@ import torch
 from pytorch_lightning import LightningModule
 from torch import Tensor, nn
 
-from dance_seg.evaluator import labels_from_logits
+from dance_seg.inference import predict_labels
 from dance_seg.losses import Loss, per_sample_loss, weighted_mean
 from dance_seg.metrics import ConfusionMatrix
 from dance_seg.network_slimming.channels import Group
@@ -48,6 +48,7 @@ class SegmentationModule(LightningModule):
         self.average = WeightAverage(model, ema) if ema is not None else None
         self.matrix = ConfusionMatrix(len(self.classes))
         self.sparsity, self._scales = 0.0, list[nn.Parameter]()
+        self.last_losses: Tensor | None = None  # (N,), of the newest training step, before weights
 
     @property
     def evaluated_model(self) -> nn.Module:
@@ -69,7 +70,9 @@ class SegmentationModule(LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The loss of one batch."""
         logits = self.model(batch.images)
-        loss = weighted_mean(per_sample_loss(logits, batch.labels, self.loss), batch.weights)
+        losses = per_sample_loss(logits, batch.labels, self.loss)
+        self.last_losses = losses.detach()
+        loss = weighted_mean(losses, batch.weights)
         self.log("train/loss", loss, prog_bar=True)
         if self.sparsity:
             loss = loss + self.sparsity * absolute_sum(self._scales)
@@ -245,20 +248,3 @@ def make_optimizer(model: nn.Module, options: Optimizer, *, fused: bool = True) 
             settings, lr=options.lr, momentum=options.momentum, nesterov=options.nesterov, fused=fused
         )
     return torch.optim.AdamW(settings, lr=options.lr, betas=options.betas, fused=fused)
-
-
-@torch.no_grad()
-def predict_labels(model: nn.Module, images: Tensor, size: tuple[int, ...]) -> Tensor:
-    """Class indices (N, H, W) uint8 at `size`, from normalised images (N, 3, h, w).
-
-    Logits are interpolated bilinearly to `size` where the images were smaller than the labels.
-    Raises ValueError when logits are not finite.
-    """
-    height, width = size
-    if tuple(images.shape[-2:]) == (height, width) and hasattr(model, "coarse_logits"):
-        # The network's own last step is an interpolation: fused with the argmax, full logits are never made.
-        logits, resized_to, align_corners = model.coarse_logits(images)  # type: ignore[operator]
-    else:
-        logits, resized_to, align_corners = model(images), (height, width), False
-    labels = labels_from_logits(logits, resized_to, align_corners=align_corners)
-    return torch.from_numpy(np.stack([label[:height, :width] for label in labels]))

@@ -69,6 +69,7 @@ class Training:
     accelerator: Literal["auto", "cpu", "gpu", "mps", "tpu"] = "auto"
     devices: int = 1  # per machine
     num_nodes: int = 1
+    execution: Literal["given", "auto"] = "given"  # auto: the next three are measured once and the fastest taken
     precision: Literal["32-true", "16-mixed", "bf16-mixed"] = "32-true"
     channels_last: bool = True
     compile: bool = False  # torch.compile with dynamic sizes
@@ -104,8 +105,9 @@ class Tracking:
 
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"  # auto: online with a key, offline without
     project: str = "dance_seg"
-    group: str | None = None
-    tags: tuple[str, ...] = ()
+    group: str | None = None  # null: the run's name without its seed, so that the seeds of a row stand together
+    tags: tuple[str, ...] = ()  # added to those of the method, the data and the model
+    artifacts: bool = False  # keep the best and the newest checkpoint with the tracker when the run ends
 
 
 def plain(value: Any) -> Any:

@@ -7,7 +7,6 @@ import random
 from enum import IntEnum
 
 import numpy as np
-import torch
 
 
 class Stream(IntEnum):
@@ -42,4 +41,6 @@ def paired_generators(seed: int, *counters: int) -> tuple[np.random.Generator, r
 
 def seed_torch(seed: int, *counters: int) -> None:
     """Seed torch's CPU and accelerator generators for one place, such as a training step of one rank."""
+    import torch  # here alone, so that who only draws numbers need not wait for it
+
     torch.manual_seed(int(np.random.SeedSequence((seed, *counters)).generate_state(1, np.uint64)[0]) & (2**63 - 1))

@@ -1,17 +1,20 @@
 """A recipe: the options of one run, from one YAML file and the command line. The only file that knows OmegaConf."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 from omegaconf import MissingMandatoryValue, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from dance_seg.data_slimming.adaptive import AdaptiveResolution
 from dance_seg.data_slimming.plan import DataSlimming
 from dance_seg.losses import Loss
+from dance_seg.machine import write_text
 from dance_seg.network_slimming.schedule import NetworkSlimming
 from dance_seg.options import Optimizer, Tracking, Training, plain
 from dance_seg.part import Part
@@ -128,9 +131,23 @@ def recipe_from_record(record: dict[str, Any], overrides: Sequence[str] = (), *,
     return parse_recipe(yaml.safe_dump(record), overrides, at=at, name=str(record.get("name", "run")))
 
 
+def adaptive_of(record: Mapping[str, Any]) -> AdaptiveResolution | None:
+    """The adaptive resolution of a checkpoint's record; None where its recipe infers at full resolution.
+
+    Raises ValueError when the recipe asks for it and the record lacks the table.
+    """
+    recipe = recipe_from_record(dict(record["recipe"]))
+    options = recipe.data_slimming
+    if options is None or options.inference == "full":
+        return None
+    if not record.get("complexity"):
+        raise ValueError("the checkpoint keeps no complexity of training images; set data_slimming.inference=full")
+    return AdaptiveResolution(options, np.asarray(record["complexity"], dtype=np.float64), recipe.seed)
+
+
 def save_recipe(recipe: Recipe, path: Path) -> None:
-    """Write the resolved recipe as YAML."""
-    path.write_text(yaml.safe_dump(recipe_record(recipe), sort_keys=False))
+    """Write the resolved recipe as YAML, whole or not at all."""
+    write_text(path, yaml.safe_dump(recipe_record(recipe), sort_keys=False))
 
 
 def recipe_differences(first: Recipe, second: Recipe) -> list[str]:

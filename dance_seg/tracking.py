@@ -3,6 +3,7 @@
 Both are loggers for a Lightning Trainer. Only the first rank writes. metrics.jsonl itself is `dance_seg.metrics_file`.
 """
 
+import json
 import netrc
 import os
 import re
@@ -20,13 +21,23 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 from dance_seg.metrics_file import MetricsFile, read_metrics
 
-__all__ = ["GuardedWandbLogger", "JsonlLogger", "MetricsFile", "guarded_wandb_logger", "read_metrics", "wandb_mode"]
+__all__ = [
+    "GuardedWandbLogger",
+    "JsonlLogger",
+    "MetricsFile",
+    "group_of",
+    "guarded_wandb_logger",
+    "read_metrics",
+    "tags_of",
+    "wandb_mode",
+]
 
 T = TypeVar("T")
 
 CONNECT_SECONDS = 5  # how long the server may take to answer at all
 INIT_SECONDS = 30  # how long Weights & Biases may take to start
 FINISH_SECONDS = 60  # and to send the rest; what is left stays in the run folder, for `wandb sync`
+MAX_TAG = 64  # characters; Weights & Biases refuses a run with a longer one
 _SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
 
 
@@ -81,12 +92,15 @@ def guarded_wandb_logger(
     name: str | None = None,
     group: str | None = None,
     tags: Sequence[str] = (),
+    artifacts: bool = False,
 ) -> "GuardedWandbLogger | None":
     """A Weights & Biases logger that never stops a run; None when it is disabled.
 
     Offline without a key or when told so, and when the server is not reached in time; files are kept in FOLDER/wandb,
     for `wandb sync`. The same `run_id` continues the same run. `config` is the resolved recipe as plain data; values of
-    environment variables that look like secrets are taken out of it.
+    environment variables that look like secrets are taken out of it. Without a `group` the seeds of one recipe stand
+    together (`group_of`); `tags` are added to those of the recipe (`tags_of`). With `artifacts` the best and the newest
+    checkpoint are kept as a model when the run ends.
     """
     possible = wandb_mode(mode)
     if possible == "disabled":
@@ -95,11 +109,37 @@ def guarded_wandb_logger(
         "project": project,
         "id": run_id,
         "name": name,
-        "group": group,
-        "tags": list(tags),
+        "group": group or (group_of(name, config.get("seed", 0)) if name else None),
+        "tags": list(dict.fromkeys([*tags_of(config), *tags])),
         "config": without_secrets(config),
     }
-    return GuardedWandbLogger(folder, options, modes=("online", "offline") if possible == "online" else ("offline",))
+    modes = ("online", "offline") if possible == "online" else ("offline",)
+    return GuardedWandbLogger(folder, options, modes=modes, artifacts=artifacts)
+
+
+def group_of(name: str, seed: Any) -> str:
+    """The name of a run without its own seed at the end, so that the seeds of one recipe are one group.
+
+    >>> group_of("camvid_dance_seed2", 2), group_of("camvid_dance-s2", 2), group_of("camvid_dance_2", 2)
+    ('camvid_dance', 'camvid_dance', 'camvid_dance')
+    >>> group_of("camvid_resnet18", 18), group_of("camvid_dance_1", 2)
+    ('camvid_resnet18', 'camvid_dance_1')
+    """
+    return re.sub(rf"[-_.](seed|s)?[-_.=]?{re.escape(str(seed))}$", "", name) or name
+
+
+def tags_of(config: Mapping[str, Any]) -> list[str]:
+    """What a run is found by: its method, data and model, from the recipe as plain data.
+
+    >>> tags_of({"data": {"name": "camvid"}, "model": {"name": "smp", "args": {"arch": "fpn"}}, "data_slimming": {}})
+    ['data_slimming', 'camvid', 'smp', 'fpn']
+    """
+    methods = [name for name in ("data_slimming", "network_slimming") if config.get(name) is not None] or ["dense"]
+    methods += ["dance"] if len(methods) == 2 else []
+    data, model = (config.get(key) or {} for key in ("data", "model"))
+    arguments = model.get("args") or {}
+    named = [data.get("name"), model.get("name"), arguments.get("arch"), arguments.get("encoder_name")]
+    return [str(tag)[:MAX_TAG] for tag in (*methods, *named) if tag]
 
 
 def wandb_mode(wanted: str = "auto") -> str:
@@ -115,9 +155,12 @@ def wandb_mode(wanted: str = "auto") -> str:
 class GuardedWandbLogger(Logger):
     """Passes on to Lightning's WandbLogger; at its first failure it warns once and falls silent: training goes on."""
 
-    def __init__(self, folder: str | Path, options: Mapping[str, Any], modes: Sequence[str]) -> None:
+    def __init__(
+        self, folder: str | Path, options: Mapping[str, Any], modes: Sequence[str], *, artifacts: bool = False
+    ) -> None:
         super().__init__()
         self.folder = Path(folder)
+        self.artifacts = artifacts
         self.options = dict(options)
         self.modes = tuple(modes)  # tried in this order
         self._logger: Any = None
@@ -198,10 +241,39 @@ class GuardedWandbLogger(Logger):
 
     @rank_zero_only
     def finish(self) -> None:
-        """End the run and send the rest; the last call of a run, since a Trainer may fit several times."""
-        if self._logger is not None:
-            self._guard("finish", lambda logger: logger.experiment.finish())
+        """Say what the run came to, end it and send the rest; the last call, since a Trainer may fit several times."""
+        if self._logger is not None and not self._failed:
+            last = [
+                ("note what inference costs", self._note_inference),
+                *([("keep the checkpoints", self._keep_checkpoints)] if self.artifacts else []),
+                ("finish", lambda logger: logger.experiment.finish()),
+            ]
+            for what, act in last:
+                self._failed = False  # what is already sent must be ended, whatever else could not be said
+                self._guard(what, act)
         self._logger, self._failed = None, True
+
+    def _note_inference(self, logger: Any) -> None:
+        """What one forward pass costs belongs to the run, not to a step."""
+        path = self.folder / "cost.json"
+        costs = json.loads(path.read_text()) if path.is_file() else {}
+        if costs.get("inference"):
+            logger.experiment.summary.update({"inference": without_secrets(costs["inference"])})
+
+    def _keep_checkpoints(self, logger: Any) -> None:
+        """The best and the newest checkpoint as one version of a model; equal files are sent once."""
+        import wandb
+
+        folder = self.folder / "checkpoints"
+        files = {"best.ckpt": folder / "best.ckpt", "last.ckpt": max(folder.glob("step-*.ckpt"), default=folder)}
+        there = {name: path for name, path in files.items() if path.is_file()}
+        if not there:
+            return
+        model = wandb.Artifact(f"model-{self.version}", type="model", description=str(self.options["name"] or ""))
+        for name, path in there.items():
+            # The file itself is sent, not a copy of it: nothing writes to a checkpoint again.
+            model.add_file(str(path), name=name, policy="immutable")
+        logger.experiment.log_artifact(model, aliases=["latest", *(name.removesuffix(".ckpt") for name in there)])
 
     def _guard(self, what: str, act: Callable[[Any], T]) -> T | None:
         if self._failed:
@@ -252,6 +324,8 @@ class GuardedWandbLogger(Logger):
             run = wandb.init(dir=str(self.folder), mode=mode, resume="allow", settings=settings, **self.options)
             run.define_metric("trainer/global_step")
             run.define_metric("*", step_metric="trainer/global_step", step_sync=True)
+            # The summary holds the highest mIoU beside the last; of all else, such as costs, what it came to.
+            run.define_metric("val/miou", step_metric="trainer/global_step", step_sync=True, summary="max,last")
             return WandbLogger(save_dir=self.folder, experiment=run)
         except Exception:
             wandb.teardown()  # a run that has half begun would keep the id

@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import DataLoader, Subset
 
+from dance_seg.data_slimming.adaptive import AdaptiveResolution
 from dance_seg.data_slimming.complexity import quantiles
-from dance_seg.data_slimming.plan import DataSlimming, rare_images
+from dance_seg.data_slimming.plan import DataSlimming, rare_images, scaled_size
 from dance_seg.normalise import normalise
 from dance_seg.randomness import Stream, generator
 from dance_seg.sample import Batch, Sample
@@ -142,6 +143,27 @@ class SegmentationDataModule(LightningDataModule):
         options: dict[str, Any] = {"seed": self.seed} if measure == "random" else {}
         return complexity_table(self.source("train"), measure, folder=self.cache_folder / "complexity", **options)
 
+    @cached_property
+    def adaptive(self) -> AdaptiveResolution | None:
+        """How much smaller each image is shown at inference; None: at full resolution.
+
+        Known of a run that trains; set by whoever has a checkpoint instead.
+        """
+        if self.data_slimming is None or self.data_slimming.inference == "full":
+            return None
+        return AdaptiveResolution(self.data_slimming, self.table.values, self.seed)
+
+    def inference_sizes(self, split: str) -> dict[tuple[int, int], float]:
+        """The sizes (H, W) that the crop has at inference, with the share of a split's images that have each."""
+        if self.adaptive is None:
+            return {self.crop: 1.0}
+        source = self.source(split)
+        scales = [self.adaptive.scale(source.load(i).image, source.names[i]) for i in range(len(source))]
+        return {
+            scaled_size(self.crop, scale, self.stride): scales.count(scale) / len(scales)
+            for scale in sorted(set(scales))
+        }
+
     def prepare_data(self) -> None:
         """Decode and score what is not there yet; one process of each machine does."""
         self.source("train")
@@ -205,7 +227,7 @@ class SegmentationDataModule(LightningDataModule):
 
     def evaluation_loader(self, split: str) -> DataLoader:
         """The full images of a split."""
-        images = EvaluationImages(self.source(split), self.resolution)
+        images = EvaluationImages(self.source(split), self.resolution, self.adaptive)
         ranks, rank = self._ranks
         return self._loader(Subset(images, range(rank, len(images), ranks)), batch_size=None)
 
@@ -244,7 +266,7 @@ class SegmentationDataModule(LightningDataModule):
 
     def _statistics_images(self) -> Iterator[Batch]:
         """This rank's share of a fixed list of training images, full and one at a time; sums are taken over ranks."""
-        images = EvaluationImages(self.source("train"), self.resolution)
+        images = EvaluationImages(self.source("train"), self.resolution, self.adaptive)
         chosen = generator(self.seed, Stream.STATISTICS).permutation(len(images))[: self.statistics_images]
         ranks, rank = self._ranks
         for index in chosen[rank::ranks]:

@@ -86,6 +86,35 @@ class LabelTable:
         return train
 
     @cached_property
+    def raw_ids(self) -> tuple[int, ...]:
+        """For each class, in the order of the train ids, the first raw id that means it: what predictions are saved as.
+
+        Raises ValueError when a class has no raw id.
+        """
+        missing = [name for train, name in enumerate(self.classes) if train not in self.table]
+        if missing:
+            raise ValueError(f"no raw id is mapped to the class {missing[0]!r}, so it cannot be saved")
+        return tuple(self.table.index(train) for train in range(self.num_classes))
+
+    def to_raw(self, train: np.ndarray) -> np.ndarray:
+        """Map predicted train ids, uint8 (H, W), to raw ids, the way back from `apply`.
+
+        Raises ValueError for an id that is no class; IGNORE is none, since a prediction always names one.
+
+        >>> table = label_table(("road", "car"), raw_to_train={7: 0, 26: 1, 27: 1}, ignore=[0])
+        >>> table.to_raw(np.array([[0, 1]], np.uint8)).tolist()
+        [[7, 26]]
+        """
+        if train.dtype != np.uint8 or (train.size and train.max() >= self.num_classes):
+            raise ValueError(
+                f"predictions are {train.dtype} up to {train.max()}; with {self.num_classes} classes they are uint8 "
+                f"from 0 to {self.num_classes - 1}"
+            )
+        lookup = np.zeros(256, np.uint8)
+        lookup[: self.num_classes] = self.raw_ids
+        return cv2.LUT(np.ascontiguousarray(train), lookup).reshape(train.shape)
+
+    @cached_property
     def allowed_set(self) -> frozenset[int]:
         """The raw ids that a label file may hold, for asking `id in table.allowed_set`."""
         return frozenset(self.allowed)

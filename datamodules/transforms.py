@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
+from dance_seg.data_slimming.adaptive import AdaptiveResolution
 from dance_seg.randomness import Stream, generator, paired_generators
 from dance_seg.sample import IGNORE, Batch, Draw, Sample
 from datamodules.image_files import decodes
@@ -198,13 +199,13 @@ class TrainingImages(Dataset):
 class EvaluationImages(Dataset):
     """Whole images, a batch of one each: the image at `resolution` times its size, the label at its own.
 
-    Raises ValueError for a resolution outside (0, 1].
+    With `adaptive` each image's complexity makes it smaller still. Raises ValueError for a resolution outside (0, 1].
     """
 
-    def __init__(self, source: Images, resolution: float = 1.0) -> None:
+    def __init__(self, source: Images, resolution: float = 1.0, adaptive: AdaptiveResolution | None = None) -> None:
         if not 0 < resolution <= 1:
             raise ValueError(f"resolution is {resolution!r}; a number above 0 and at most 1")
-        self.source, self.resolution = source, resolution
+        self.source, self.resolution, self.adaptive = source, resolution, adaptive
 
     def __len__(self) -> int:
         return len(self.source)
@@ -214,8 +215,11 @@ class EvaluationImages(Dataset):
             raise IndexError(f"image {index} of {len(self)}")
         decodes_before = decodes()
         image, label = self.source.load(index)
-        if self.resolution < 1:
-            height, width = (max(1, round(side * self.resolution)) for side in label.shape)
+        scale = self.resolution
+        if self.adaptive is not None:
+            scale *= self.adaptive.scale(image, self.source.names[index])
+        if scale < 1:
+            height, width = (max(1, round(side * scale)) for side in label.shape)
             image = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
         return Batch(
             images=torch.from_numpy(np.array(image)).permute(2, 0, 1)[None],  # copied: the source's may be read-only

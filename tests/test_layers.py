@@ -11,10 +11,12 @@ ROOT = Path(__file__).parent.parent
 RANKS = {
     "sample": 0, "part": 0, "randomness": 0, "errors": 0, "machine": 0, "distributed": 0, "normalise": 0,
     "data_slimming": 1, "losses": 1, "batch_norm": 1, "metrics": 1, "evaluator": 1, "cost": 1, "options": 1,
+    "boundary": 2, "consistency": 2, "inference": 2,
     "models": 2, "network_slimming": 2,
     "checkpoint": 3, "tracking": 3, "metrics_file": 1, "module": 3, "callbacks": 3,
     "recipe": 4, "report": 4,
-    "build": 5,
+    "execution": 5, "build": 6,
+    "export": 7, "predict": 8,
 }  # fmt: skip
 
 # Heavy or replaceable libraries have few homes.
@@ -26,7 +28,7 @@ HOMES = {
         "dance_seg/module.py", "dance_seg/checkpoint.py", "dance_seg/tracking.py", "dance_seg/build.py",
         "datamodules/base.py",
         *(f"dance_seg/callbacks/{name}.py" for name in (
-            "checkpoints", "cuts", "ledger", "pictures", "plan", "resume", "statistics",
+            "checkpoints", "cuts", "energy", "image_losses", "ledger", "pictures", "plan", "resume", "statistics",
         )),
     },
     "segmentation_models_pytorch": {"dance_seg/models/smp.py"},

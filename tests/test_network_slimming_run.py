@@ -5,10 +5,11 @@ import json
 import pytest
 import torch
 
-from dance_seg.build import evaluate, load_model, load_run, train
+from dance_seg.build import load_model, load_run, train
 from dance_seg.checkpoint import load_checkpoint, save_checkpoint
 from dance_seg.cost.macs import count_macs, count_training_macs
 from dance_seg.errors import CheckpointError
+from dance_seg.inference import evaluate
 from dance_seg.report.run_page import write_report
 from dance_seg.tracking import read_metrics
 from datamodules import build_datamodule

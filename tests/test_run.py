@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from dance_seg.build import evaluate, load_model, load_run, train
+from dance_seg.build import load_model, load_run, train
 from dance_seg.checkpoint import load_checkpoint
-from dance_seg.cost.macs import count_training_macs
+from dance_seg.cost.macs import count_macs, count_training_macs
 from dance_seg.data_slimming.complexity import quantiles
 from dance_seg.errors import CheckpointError
+from dance_seg.inference import evaluate
 from dance_seg.tracking import read_metrics
 from datamodules import build_datamodule
 from tests.tiny import tiny
@@ -119,3 +120,17 @@ def test_a_run_whose_tracker_fails_at_every_call_ends_well(tmp_path, monkeypatch
     with pytest.warns(UserWarning, match="no tracker today"):
         folder = train(recipe, build_datamodule(recipe), tmp_path / "run")
     assert [row for row in tracking.read_metrics(folder / "metrics.jsonl") if "val/miou" in row]
+
+
+def test_a_run_at_adaptive_resolution_charges_inference_by_the_sizes_that_images_have(tmp_path):
+    recipe = tiny("data_slimming.inference=adaptive", "trainer.max_epochs=2", slim=True, cache=tmp_path / "cache")
+    data = build_datamodule(recipe)
+    folder = train(recipe, data, tmp_path / "run")
+    inference = json.loads((folder / "cost.json").read_text())["inference"]
+    model = load_run(folder, "last")[0]
+    shares = data.inference_sizes("val")
+    assert len(shares) == 2
+    expected = sum(share * count_macs(model, size).macs for size, share in shares.items()) / 1e9
+    assert inference["gmacs"] == pytest.approx(expected)
+    assert inference["input_size"] == [64, 64]
+    assert inference["sizes"] == [[*size, share] for size, share in shares.items()]

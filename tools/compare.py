@@ -2,7 +2,8 @@
 
 python -m tools.compare RUN RUN ... [--baseline RUN] [--out DIR] [--json FILE] [--markdown FILE]
 
-Prints the table and writes compare.md, compare.json and compare.html, a page with pictures and curves.
+RUN is a run folder or an offline run of Weights & Biases (runs/NAME/wandb/offline-run-*). Prints the table and writes
+compare.md, compare.json and compare.html, a page with pictures and curves.
 """
 
 from pathlib import Path
@@ -14,7 +15,7 @@ def main() -> int:
     """Read the runs, print the table, write it three times."""
     arguments_parser = parser(__doc__, figures=True)
     arguments_parser.add_argument(
-        "runs", metavar="RUN", nargs="+", type=Path, help="run folders, such as runs/shapes_dense"
+        "runs", metavar="RUN", nargs="+", type=Path, help="run folders, such as runs/shapes_dense, or offline runs"
     )
     arguments_parser.add_argument("--baseline", metavar="RUN", type=Path, help="what ratios are against; the first run")
     arguments_parser.add_argument(

@@ -1,59 +1,223 @@
-"""Score a run or a checkpoint on a split: python -m tools.evaluate RUN [--split S] [--json FILE] [key=value ...]."""
+"""Score a run, or files of predictions, on a split: python -m tools.evaluate RUN [--split S] [key=value ...].
 
+RUN is a run folder; with --predictions also a recipe, which says which data. Every figure comes with its protocol.
+"""
+
+import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from tools.cli import parser, run, write_json
+
+if TYPE_CHECKING:
+    from dance_seg.boundary import BoundaryScores
+    from dance_seg.consistency import ConsistencyScores
+    from dance_seg.metrics import Scores
+
+SPLITS = ("train", "held_out", "val", "test")
+VIDEO = ("camvid", "folder")  # groups of images are clips, in order of time by their names
+
+
+def arguments_parser() -> argparse.ArgumentParser:
+    """What the tool takes."""
+    made = parser(__doc__ or "", figures=True)
+    made.add_argument("run", metavar="RUN", type=Path, help="a run folder, such as runs/camvid_dense")
+    made.add_argument("overrides", metavar="key=value", nargs="*", help="such as data.args.root=DIR")
+    made.add_argument("--split", help=f"{', '.join(SPLITS)}; default: what the run validated on")
+    made.add_argument("--checkpoint", default="best", help="best, last or a path; default: best")
+    made.add_argument("--window", metavar=("H", "W"), type=int, nargs=2, help="slide a window instead of whole images")
+    made.add_argument("--stride", metavar=("H", "W"), type=int, nargs=2, help="of the window; default: two thirds")
+    made.add_argument("--scales", metavar="S", type=float, nargs="+", help="average over them, such as 0.75 1 1.25")
+    made.add_argument("--flip", action="store_true", help="average with the mirrored image")
+    made.add_argument("--boundary", action="store_true", help="boundary IoU too")
+    made.add_argument("--consistency", action="store_true", help="temporal consistency too, for clips of video")
+    made.add_argument("--save", metavar="DIR", type=Path, help="write the predictions in the data's official form")
+    made.add_argument("--predictions", metavar="DIR", type=Path, help="score these files instead of the network")
+    return made
 
 
 def main() -> int:
     """Print mIoU, accuracies and the IoU of each class, with the protocol they were taken by."""
-    arguments_parser = parser(__doc__, figures=True)
-    arguments_parser.add_argument("run", metavar="RUN", type=Path, help="a run folder, such as runs/camvid_dense")
-    arguments_parser.add_argument("overrides", metavar="key=value", nargs="*", help="such as data.args.root=DIR")
-    arguments_parser.add_argument("--split", help="train, held_out, val or test; default: what the run validated on")
-    arguments_parser.add_argument("--checkpoint", default="best", help="best, last or a path; default: best")
-    arguments = arguments_parser.parse_intermixed_args()
-    from dance_seg.build import evaluate, load_run
-    from dance_seg.recipe import recipe_from_record
-    from datamodules import build_datamodule
-
-    model, record, path = load_run(arguments.run, arguments.checkpoint)
-    recipe = recipe_from_record(record["recipe"], overrides=arguments.overrides)
-    datamodule = build_datamodule(recipe)
-    split = arguments.split or datamodule.validate_on
-    if split not in ("train", "held_out", "val", "test"):
-        raise ValueError(f"--split is {split!r}; choose train, held_out, val or test")
-    if list(datamodule.classes) != record["labels"]["classes"]:
+    arguments = arguments_parser().parse_intermixed_args()
+    if arguments.predictions and (arguments.scales or arguments.window or arguments.flip or arguments.save):
         raise ValueError(
-            f"{path} was trained on the classes {', '.join(record['labels']['classes'])}; the data has "
-            f"{', '.join(datamodule.classes)}"
+            "--predictions scores files as they are: --scales, --window, --flip and --save do not go along"
         )
-    scores = evaluate(model, datamodule, split)
-    print(f"{path}")
-    print(
-        f"{recipe.data.name} {split}: {len(datamodule.source(split))} images, whole images at resolution "
-        f"{datamodule.resolution:g}, labels at their own size, one confusion matrix, void ignored"
+    import numpy as np
+
+    from dance_seg.boundary import BoundaryIoU
+    from dance_seg.consistency import TemporalConsistency
+    from dance_seg.inference import Protocol, predictions
+    from dance_seg.metrics import confusion_matrix, scores
+    from dance_seg.recipe import adaptive_of, load_recipe, recipe_from_record, recipe_record
+    from datamodules import build_datamodule
+    from datamodules.predictions import PredictionWriter, official_form, read_predictions
+
+    protocol = Protocol(
+        scales=tuple(arguments.scales or (1.0,)), flip=arguments.flip, window=arguments.window, stride=arguments.stride
     )
-    width = max(len(name) for name in datamodule.classes)
-    for name, iou in zip(datamodule.classes, scores.iou, strict=True):
-        print(f"  {name:{width}}  {'  -  ' if iou is None else f'{iou:5.1f}'}")
-    accuracies = f"pixel accuracy {scores.pixel_accuracy:.2f}   class accuracy {scores.class_accuracy:.2f}"
-    print(f"mIoU {scores.miou:.2f}   {accuracies}")
-    write_json(
-        arguments.json,
-        {
-            "checkpoint": str(path),
-            "data": recipe.data.name,
-            "split": split,
-            "images": len(datamodule.source(split)),
+    if arguments.predictions:
+        scored = arguments.predictions
+        recipe = load_recipe(recipe_file(arguments.run), arguments.overrides)
+    else:
+        from dance_seg.build import load_run
+
+        model, record, scored = load_run(arguments.run, arguments.checkpoint)
+        recipe = recipe_from_record(record["recipe"], overrides=arguments.overrides)
+    datamodule = build_datamodule(recipe)
+    classes = datamodule.classes
+    split = arguments.split or datamodule.validate_on
+    if split not in SPLITS:
+        raise ValueError(f"--split is {split!r}; choose one of {', '.join(SPLITS)}")
+    if arguments.consistency and recipe.data.name not in VIDEO:
+        raise ValueError(f"--consistency needs clips of video; {recipe.data.name} holds single images")
+    source, form = datamodule.source(split), official_form(recipe.data.name, datamodule.label_table)
+    writer = PredictionWriter(arguments.save, form) if arguments.save else None
+    if arguments.predictions:
+        pairs = getattr(datamodule.raw_source(split), "pairs", ())
+        found = read_predictions(arguments.predictions, source, form, label_files=[pair.label for pair in pairs])
+    else:
+        if list(classes) != record["labels"]["classes"]:
+            trained = ", ".join(record["labels"]["classes"])
+            raise ValueError(f"{scored} was trained on the classes {trained}; the data has {', '.join(classes)}")
+        # The complexity that decides is that of the images it was trained on, which the checkpoint keeps.
+        datamodule.adaptive = adaptive_of({**record, "recipe": recipe_record(recipe)})
+        found = predictions(model, datamodule, split, protocol)
+
+    matrix = np.zeros((len(classes), len(classes)), np.int64)
+    boundary = BoundaryIoU(len(classes)) if arguments.boundary else None
+    consistency = TemporalConsistency(len(classes)) if arguments.consistency else None
+    sizes, previous_group = set(), None
+    for index, (name, prediction, label) in enumerate(found):
+        matrix += confusion_matrix(prediction, label, len(classes))
+        sizes.add(label.shape)
+        if boundary:
+            boundary.update(prediction, label)
+        if consistency:
+            if source.groups[index] != previous_group:
+                consistency.start()
+            previous_group = source.groups[index]
+            consistency.update(source.load(index).image, prediction)
+        if writer:
+            writer.write(name, prediction)
+
+    figures: dict[str, Any] = {
+        "scored": str(scored),
+        "data": recipe.data.name,
+        "split": split,
+        "images": len(source),
+        "label_sizes": sorted(sizes),
+        "seed": recipe.seed,
+    }
+    if arguments.predictions:
+        how = "predictions from files"
+    else:
+        adaptive = datamodule.adaptive.options.scales if datamodule.adaptive else None
+        shown = f"images at {datamodule.resolution:g} times their size"
+        if adaptive:
+            shown += f", simple ones smaller (adaptive, {' '.join(f'{scale:g}' for scale in adaptive)})"
+        how = f"{protocol}, {shown}"
+        figures |= {
+            "checkpoint": str(scored),
             "resolution": datamodule.resolution,
-            "miou": scores.miou,
-            "pixel_accuracy": scores.pixel_accuracy,
-            "class_accuracy": scores.class_accuracy,
-            "iou": dict(zip(datamodule.classes, scores.iou, strict=True)),
-        },
-    )
+            "adaptive_scales": adaptive,
+            "protocol": protocol.as_record(),
+        }
+    print(scored)
+    print(f"data      {recipe.data.name} {split}: {len(source)} images, labels {described(sizes)} at their own size")
+    print(f"protocol  {how}")
+    print(f"score     one confusion matrix over all pixels, void ignored; one run, seed {recipe.seed}")
+    if writer:
+        print(f"saved     {writer.folder}: {form}")
+    if not matrix.any() and writer:
+        print(f"the images of {split} have no labels here, so there is nothing to score")
+        write_json(arguments.json, {**figures, "miou": None})
+        return 0
+    found_scores = scores(matrix)
+    found_boundary = boundary.compute() if boundary else None
+    found_consistency = consistency.compute() if consistency else None
+    print_table(classes, found_scores, found_boundary, found_consistency)
+    write_json(arguments.json, {**figures, **as_record(classes, found_scores, found_boundary, found_consistency)})
     return 0
+
+
+def recipe_file(run_folder: Path) -> Path:
+    """The recipe of a run folder, or the recipe itself where its file is given."""
+    if run_folder.is_file():
+        return run_folder
+    if not (run_folder / "recipe.yaml").is_file():
+        raise ValueError(f"{run_folder} is neither a run folder with a recipe.yaml nor a recipe")
+    return run_folder / "recipe.yaml"
+
+
+def described(sizes: set[tuple[int, int]]) -> str:
+    """The sizes of labels in words.
+
+    >>> described({(360, 480)}), described({(1, 2), (3, 4)})
+    ('of 360 x 480', 'of 2 sizes')
+    """
+    return "of {} x {}".format(*next(iter(sizes))) if len(sizes) == 1 else f"of {len(sizes)} sizes"
+
+
+def print_table(
+    classes: tuple[str, ...],
+    found: "Scores",
+    boundary: "BoundaryScores | None",
+    consistency: "ConsistencyScores | None",
+) -> None:
+    """One row per class, the means below; - where a class is nowhere."""
+    columns: dict[str, tuple[float | None, ...]] = {"IoU": found.iou, "accuracy": found.accuracies}
+    if boundary:
+        columns["boundary IoU"] = boundary.iou
+    if consistency:
+        columns["consistency"] = consistency.iou
+    width = max(len(name) for name in classes)
+    print(f"  {'':{width}}" + "".join(f"  {title:>8}" for title in columns))
+    for name, *values in zip(classes, *columns.values(), strict=True):
+        cells = (
+            f"  {'-' if value is None else f'{value:.1f}':>{max(8, len(title))}}"
+            for title, value in zip(columns, values, strict=True)
+        )
+        print(f"  {name:{width}}" + "".join(cells))
+    print(
+        f"mIoU {found.miou:.2f}   pixel accuracy {found.pixel_accuracy:.2f}   class accuracy {found.class_accuracy:.2f}"
+    )
+    if boundary:
+        print(f"boundary mIoU {boundary.miou:.2f} (bands of 2 % of the diagonal)")
+    if consistency:
+        print(
+            f"temporal consistency {consistency.miou:.2f} (mIoU with the frame before, warped; DIS flow, "
+            f"{consistency.frame_pairs} pairs of frames, {consistency.compared:.0f} % of their pixels seen in both)"
+        )
+
+
+def as_record(
+    classes: tuple[str, ...],
+    found: "Scores",
+    boundary: "BoundaryScores | None",
+    consistency: "ConsistencyScores | None",
+) -> dict[str, Any]:
+    """The figures as plain data."""
+    record: dict[str, Any] = {
+        "miou": found.miou,
+        "pixel_accuracy": found.pixel_accuracy,
+        "class_accuracy": found.class_accuracy,
+        "iou": dict(zip(classes, found.iou, strict=True)),
+        "accuracy": dict(zip(classes, found.accuracies, strict=True)),
+    }
+    if boundary:
+        record |= {
+            "boundary_miou": boundary.miou,
+            "boundary_iou": dict(zip(classes, boundary.iou, strict=True)),
+        }
+    if consistency:
+        record |= {
+            "temporal_consistency": consistency.miou,
+            "temporal_consistency_iou": dict(zip(classes, consistency.iou, strict=True)),
+            "frame_pairs": consistency.frame_pairs,
+            "pixels_compared": consistency.compared,
+        }
+    return record
 
 
 if __name__ == "__main__":

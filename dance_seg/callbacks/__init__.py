@@ -2,6 +2,8 @@
 
 from dance_seg.callbacks.checkpoints import Checkpoints, checkpoint_of
 from dance_seg.callbacks.cuts import NetworkCuts
+from dance_seg.callbacks.energy import TrainingEnergy
+from dance_seg.callbacks.image_losses import ImageLosses
 from dance_seg.callbacks.ledger import CostLedger, write_cost
 from dance_seg.callbacks.pictures import Pictures
 from dance_seg.callbacks.plan import PlanInLog
@@ -12,10 +14,12 @@ __all__ = [
     "Checkpoints",
     "CostLedger",
     "ExactResume",
+    "ImageLosses",
     "NetworkCuts",
     "Pictures",
     "PlanInLog",
     "ReestimatedStatistics",
+    "TrainingEnergy",
     "checkpoint_of",
     "write_cost",
 ]

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,6 +26,7 @@ class CostLedger(Callback):
         self.ledger = Ledger()
         self.folder = folder
         self._macs: MacsPerSize | None = None
+        self._inference_sizes: dict[tuple[int, int], float] | None = None
         self._mark = 0.0
 
     def state_dict(self) -> dict[str, Any]:
@@ -101,19 +102,22 @@ class CostLedger(Callback):
         spent = merge_ranks(gather(self.ledger))
         write_figures(pl_module, spent.summary())
         if self.folder is not None and trainer.is_global_zero:
-            cost = count_macs(pl_module.evaluated_model, trainer.datamodule.crop)  # type: ignore[attr-defined]
-            write_cost(self.folder / "cost.json", spent, cost)
+            data: Any = trainer.datamodule  # type: ignore[attr-defined]
+            if self._inference_sizes is None:
+                self._inference_sizes = data.inference_sizes(data.validate_on)
+            costs = [count_macs(pl_module.evaluated_model, size) for size in self._inference_sizes]
+            write_cost(self.folder / "cost.json", spent, costs, list(self._inference_sizes.values()))
 
 
-def write_cost(path: Path, spent: Ledger, cost: Cost) -> None:
-    """Write cost.json: what training spent, and what one forward pass costs."""
-    record = {
-        "training": spent.summary(),
-        "inference": {
-            "gmacs": cost.macs / 1e9,
-            "parameters": cost.parameters,
-            "input_size": list(cost.input_size),
-            "uncounted": list(cost.uncounted),
-        },
+def write_cost(path: Path, spent: Ledger, costs: Sequence[Cost], shares: Sequence[float]) -> None:
+    """Write cost.json: what training spent, and what one forward pass costs, the mean over the sizes of inference."""
+    largest = costs[-1]
+    inference: dict[str, Any] = {
+        "gmacs": sum(share * cost.macs for share, cost in zip(shares, costs, strict=True)) / 1e9,
+        "parameters": largest.parameters,
+        "input_size": list(largest.input_size),
+        "uncounted": list(largest.uncounted),
     }
-    write_text(path, json.dumps(record, indent=2) + "\n")
+    if len(costs) > 1:
+        inference["sizes"] = [[*cost.input_size, share] for share, cost in zip(shares, costs, strict=True)]
+    write_text(path, json.dumps({"training": spent.summary(), "inference": inference}, indent=2) + "\n")

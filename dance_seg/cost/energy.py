@@ -1,9 +1,12 @@
-"""Joules where the machine can tell; otherwise it says that it can't.
+"""Joules where the machine can tell; otherwise an estimate that is marked as one.
 
 NVIDIA GPUs since Volta count the energy of the whole card (through NVML), Intel and AMD processors that of each
 package (RAPL, which Linux shows under /sys/class/powercap, often to root only). Both count everything that runs there,
-ours or not. What has no counter (memory of some machines, disks, the power supply's losses) is not in the figure, and
-nothing is estimated here.
+ours or not. What has no counter (memory of some machines, disks, the power supply's losses) is not in the figure.
+
+Where there is no meter, `estimate_joules` says what the operations and the bytes would cost by published figures, and
+`estimate_from_watts` what a stated power comes to. Neither is a measurement: an Estimate is a type of its own, is kept
+under keys of its own and never stands in a column of measured joules.
 """
 
 import time
@@ -16,11 +19,64 @@ from typing import Any
 
 POWERCAP = Path("/sys/class/powercap")
 
+PICOJOULES_PER_MAC = {"float32": 3.7 + 0.9, "float16": 1.1 + 0.4, "bfloat16": 1.1 + 0.4}
+"""One multiplication and one addition in 45 nm at 0.9 V. M. Horowitz, "Computing's energy problem (and what we can do
+about it)", ISSCC 2014, table of operations. He gives none for bfloat16; its smaller mantissa would need less than
+float16's."""
+
+PICOJOULES_PER_BYTE = 640 / 4
+"""640 pJ for 32 bits read from DRAM: the same source as S. Han et al., "Learning both weights and connections for
+efficient neural networks", NIPS 2015, table 1, quote it."""
+
 MOST_WATTS = 1000.0
 """No processor package draws more: so long can a RAPL counter not go round once without our noticing."""
 
 SHORTEST_S = 0.2
 """NVML renews its counter every 20 to 100 ms, so a difference over less time says little."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Joules that nobody measured, with the model they come from."""
+
+    joules: float
+    model: str
+    is_estimate: bool = True  # so that a record of it says so too
+
+
+def estimate_joules(macs: int, bytes_moved: int, dtype: str = "float32") -> Estimate:
+    """What the arithmetic and the memory of so many MACs and bytes would take in 45 nm, every byte from DRAM.
+
+    Without what a processor needs to fetch and order its instructions, without leakage and idle power: far below what a
+    meter shows. It serves to compare networks by their operations and by what they move. Raises ValueError for a type
+    without a figure and for negative counts.
+
+    >>> estimate = estimate_joules(10**9, 10**6)  # 1 GMAC at 4.6 pJ and 1 MB at 160 pJ a byte
+    >>> round(estimate.joules, 6), estimate.is_estimate
+    (0.00476, True)
+    >>> estimate.model
+    '45 nm, 4.6 pJ per float32 MAC (Horowitz 2014), 160 pJ per byte of DRAM (Han 2015)'
+    """
+    if dtype not in PICOJOULES_PER_MAC:
+        raise ValueError(f"dtype is {dtype!r}; there are figures for {', '.join(PICOJOULES_PER_MAC)}")
+    if macs < 0 or bytes_moved < 0:
+        raise ValueError(f"macs is {macs} and bytes_moved is {bytes_moved}; neither is negative")
+    per_mac = PICOJOULES_PER_MAC[dtype]
+    model = (
+        f"45 nm, {per_mac:g} pJ per {dtype} MAC (Horowitz 2014), {PICOJOULES_PER_BYTE:g} pJ per byte of DRAM (Han 2015)"
+    )
+    return Estimate((per_mac * macs + PICOJOULES_PER_BYTE * bytes_moved) / 1e12, model)
+
+
+def estimate_from_watts(seconds: float, watts: float) -> Estimate:
+    """What a device of a stated power takes in so many seconds. Raises ValueError unless both are numbers above 0.
+
+    >>> estimate_from_watts(2.0, 65)
+    Estimate(joules=130.0, model='65 W as stated, for 2 s', is_estimate=True)
+    """
+    if not (0 < watts < float("inf") and 0 < seconds < float("inf")):
+        raise ValueError(f"{watts} W for {seconds} s: both are numbers above 0")
+    return Estimate(watts * seconds, f"{watts:g} W as stated, for {seconds:.3g} s")
 
 
 @dataclass
@@ -56,7 +112,7 @@ class EnergyMeter:
     """The joules used between entering and leaving, or None with the reason in `source`.
 
     `source` is "nvml" (the GPUs given by torch's numbers), "rapl" (all processor packages), "nvml + rapl", or "none: "
-    and the reason.
+    and the reason. Beside GPUs the `processors` can be left out, where another process of the machine counts them.
     Call sample() now and then in long measurements, once a minute at least: RAPL counters begin again after a while.
     A figure over less than 0.2 s, or counters that stand still, give None, not 0.
 
@@ -66,10 +122,10 @@ class EnergyMeter:
     True
     """
 
-    def __init__(self, gpus: tuple[int, ...] = ()) -> None:
+    def __init__(self, gpus: tuple[int, ...] = (), *, processors: bool = True) -> None:
         self.joules: float | None = None
         self.source = "none: nothing was measured yet"
-        self._gpus = gpus
+        self._gpus, self._processors = gpus, processors
 
     def __enter__(self) -> "EnergyMeter":
         self._counters: dict[str, list[EnergyCounter]] = {}
@@ -77,8 +133,9 @@ class EnergyMeter:
         try:
             if self._gpus:  # without the GPUs' share the figure would say little, so it is not given
                 self._counters["nvml"] = nvml_counters(self._gpus)
-            with suppress(OSError) if self._gpus else nullcontext():
-                self._counters["rapl"] = rapl_counters()
+            if self._processors or not self._gpus:
+                with suppress(OSError) if self._gpus else nullcontext():
+                    self._counters["rapl"] = rapl_counters()
         except OSError as error:
             self._broken = str(error)
         self._started = time.monotonic()

@@ -13,6 +13,9 @@ What counts:
 
 Biases, normalisation, activations, pooling, softmax, sums, copies and random numbers count as no MACs, as is usual.
 Anything else is listed as uncounted, and a count with such a list is a lower bound.
+
+Beside the MACs stand the bytes that each operation reads and writes: its tensors once each, weights too, whether a
+cache holds them or not. Those of operations that count as no MACs are kept under "everything else".
 """
 
 from collections import Counter
@@ -96,21 +99,23 @@ def count_training_macs(
     True
     """
 
-    def step(model: nn.Module, images: Tensor, counter: OperationCounter) -> None:
-        model.train()
-        with torch.enable_grad(), counter:
-            outputs = [output for output in collect(model(images)) if output.requires_grad]
-            counter.phase = "backward"
-            if outputs:
-                torch.autograd.backward(outputs, [torch.ones_like(output) for output in outputs])
-
-    counter = counted(model, step, (batch, in_channels, *input_size))
+    counter = counted(model, forward_and_backward, (batch, in_channels, *input_size))
     return TrainingCost(
         forward_macs=share(counter.macs["forward"].total(), batch),
         backward_macs=share(counter.macs["backward"].total(), batch),
         input_size=(input_size[0], input_size[1]),
         uncounted=tuple(sorted(counter.uncounted)),
     )
+
+
+def forward_and_backward(model: nn.Module, images: Tensor, counter: "OperationCounter") -> None:
+    """What a training step asks of the network, from the images to the gradients of all outputs."""
+    model.train()
+    with torch.enable_grad(), counter:
+        outputs = [output for output in collect(model(images)) if output.requires_grad]
+        counter.phase = "backward"
+        if outputs:
+            torch.autograd.backward(outputs, [torch.ones_like(output) for output in outputs])
 
 
 def counted(
@@ -184,13 +189,27 @@ def share(total: int, batch: int) -> int:
     return -(-total // batch)
 
 
+def tensor_bytes(tensor: Tensor) -> int:
+    """The bytes of memory behind a tensor; an expanded one has fewer than its elements would need.
+
+    >>> tensor_bytes(torch.zeros(2, 3)), tensor_bytes(torch.zeros(2, 1).expand(2, 3))
+    (24, 8)
+    """
+    wanted = tensor.numel() * tensor.element_size()
+    try:
+        return min(wanted, tensor.untyped_storage().nbytes())
+    except (NotImplementedError, RuntimeError):  # a sparse tensor, or a subclass, without memory of its own
+        return wanted
+
+
 class OperationCounter(TorchDispatchMode):
-    """Counts the MACs of the operations that run while it is active, apart for each phase."""
+    """Counts the MACs of the operations that run while it is active, and their bytes, apart for each phase."""
 
     def __init__(self) -> None:
         super().__init__()
         self.phase = "forward"
         self.macs: dict[str, Counter[str]] = {"forward": Counter(), "backward": Counter()}
+        self.bytes: dict[str, Counter[str]] = {"forward": Counter(), "backward": Counter()}
         self.activations = 0
         self.uncounted: set[str] = set()
 
@@ -207,14 +226,22 @@ class OperationCounter(TorchDispatchMode):
             if output is not NotImplemented:
                 return output
             self.uncounted.add(operation._overloadpacket._qualified_op_name)
-        output = operation(*args, **kwargs)
+        kind = EVERYTHING_ELSE if counting is None else counting[0]
+        output = self.perform(operation, kind, args, kwargs)
+        if not operation.is_view and name not in IDLE:
+            moved = collect((args, tuple(kwargs.values()), output))
+            self.bytes[self.phase][kind] += sum(tensor_bytes(tensor) for tensor in moved)
         if counting is not None:
-            kind, formula = counting
+            _, formula = counting
             self.macs[self.phase][kind] += formula(args, kwargs, output)
             if kind != "interpolation":
                 written = output[0] if isinstance(output, tuple) else output
                 self.activations += written.numel() if self.phase == "forward" else 0
         return output
+
+    def perform(self, operation: Any, kind: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run one operation of a kind; a counter that also times it does so here."""
+        return operation(*args, **kwargs)
 
 
 def is_free(operation: Any, name: str) -> bool:
@@ -223,6 +250,12 @@ def is_free(operation: Any, name: str) -> bool:
         return True
     return operation.namespace == "aten" and (name in FREE or name.removesuffix("_backward") in FREE)
 
+
+EVERYTHING_ELSE = "everything else"
+"""The kind of all operations that count as no MACs."""
+
+IDLE = {"empty", "empty_strided", "empty_permuted", "empty_like", "new_empty", "new_empty_strided", "_unsafe_view"}
+"""Operations that touch no memory."""
 
 FREE_TAGS = {
     getattr(torch.Tag, name)

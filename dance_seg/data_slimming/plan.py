@@ -37,6 +37,7 @@ class DataSlimming:
     ramp_until: float = 0.3  # progress at which dropping, and a static schedule's downsampling, are in full force
     full_resolution_tail: float = 0.2  # the last share of training: full resolution, nothing dropped
     batch_by: Literal["images", "pixels"] = "images"  # pixels: small images come in larger batches
+    inference: Literal["full", "adaptive"] = "full"  # adaptive: simple images are shown smaller at inference too
 
     def __post_init__(self) -> None:
         """Refuse options that contradict one another."""
@@ -57,6 +58,11 @@ class DataSlimming:
                 raise ValueError(f"{at}{key} is {getattr(self, key)}: a share in [0, 1]")
         if not 0 < self.min_weight <= 1:
             raise ValueError(f"{at}min_weight is {self.min_weight}: above 0 (nothing is weighted away) and at most 1")
+        if self.inference == "adaptive" and self.measure == "label_boundary_density":
+            raise ValueError(
+                f"{at}inference is adaptive and {at}measure label_boundary_density: there are no labels at inference; "
+                "choose another measure, or inference full"
+            )
         if not 0 <= self.warm_up <= self.ramp_until <= 1 - self.full_resolution_tail:
             raise ValueError(
                 f"{at[:-1]} needs 0 <= warm_up <= ramp_until <= 1 - full_resolution_tail, got "

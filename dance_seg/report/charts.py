@@ -18,6 +18,7 @@ LEFT, RIGHT, TOP, BOTTOM = 48, 14, 30, 38
 BASE = HEIGHT - BOTTOM  # where the x axis lies
 MAX_POINTS = 300  # a line with more is drawn as the mean of each bin, with the range behind it
 SERIES = 8  # colours told apart by eye; further series are grey
+MOST_DOTS = 1500  # of a cloud
 RAMP = 7  # steps from the palest to the strongest shade of an ordered scale
 
 
@@ -40,6 +41,8 @@ class Mark:
     y: float
     label: str
     series: int = 0
+    hollow: bool = False
+    spread: float = 0.0  # of y, up and down
 
 
 @dataclass(frozen=True)
@@ -198,15 +201,55 @@ def histogram(
     return svg(title, parts)
 
 
-def scatter(points: Sequence[Mark], *, title: str, x_label: str, y_label: str) -> Markup:
-    """Labelled points; x begins at 0, since it is a cost whose ratios are to be seen."""
+def scatter(
+    points: Sequence[Mark],
+    *,
+    title: str,
+    x_label: str,
+    y_label: str,
+    front: Sequence[tuple[float, float]] = (),
+    labelled: bool = True,
+) -> Markup:
+    """Labelled points with their spread; x begins at 0, since it is a cost whose ratios are to be seen.
+
+    `front` is drawn as the stairs that bound what has been reached: points in the order of their cost.
+    """
     shown = [point for point in points if math.isfinite(point.x) and math.isfinite(point.y)]
     if not shown:
         return Markup("")
-    low, high = padded(min(p.y for p in shown), max(p.y for p in shown), False)
+    low, high = padded(min(p.y - p.spread for p in shown), max(p.y + p.spread for p in shown), False)
     air = max(0.0, 2 - (high - low)) / 2  # a tenth of a point must not look like a gulf
     frame = Frame((0, max(p.x for p in shown) * 1.06 or 1), (low - air, high + air), x_label, y_label)
-    return svg(title, [frame.axes(), *(_mark(frame, point) for point in shown)])
+    parts = [frame.axes()]
+    if front:
+        parts.append(_stairs(frame, front))
+    parts += [_whisker(frame, point) for point in shown if point.spread]
+    parts += [_circle(frame, point) for point in shown]
+    if labelled:
+        parts += _labels(frame, shown)
+    return svg(title, parts)
+
+
+def cloud(x: Sequence[float], y: Sequence[float], *, title: str, x_label: str, y_label: str, bins: int = 12) -> Markup:
+    """Many points, and the mean of y in bins of equally many points. Of more than MOST_DOTS every so many is drawn."""
+    xs, ys = finite(x, y)
+    if not len(xs):
+        return Markup("")
+    # A few far outliers would press all others to the floor: they are drawn at the edge.
+    top = float(np.quantile(ys, 0.995)) * 1.15 or 1.0
+    frame = Frame((float(xs.min()), float(xs.max())), (min(0.0, float(ys.min())), top), x_label, y_label)
+    every = max(1, math.ceil(len(xs) / MOST_DOTS))
+    order = np.argsort(xs, kind="stable")[::every]
+    dots = [
+        element("circle", "dot series-0", cx=frame.x(a), cy=frame.y(min(b, top)), r=2)
+        for a, b in zip(xs[order], ys[order], strict=True)
+    ]
+    parts = [frame.axes(), *dots]
+    if len(xs) >= 3 * bins:
+        mean_x, mean_y, _, _ = binned(xs, ys, bins)
+        means = Line(mean_x.tolist(), np.minimum(mean_y, top).tolist(), "mean", series=1, markers=True)
+        parts.append(_curve(frame, means, np.asarray(means.x), np.asarray(means.y)))
+    return svg(title, parts)
 
 
 def element(name: str, style: str, note: str = "", **attributes: Any) -> Markup:
@@ -335,10 +378,47 @@ def _curve(frame: Frame, line: Line, x: np.ndarray, y: np.ndarray) -> Markup:
 
 
 def _mark(frame: Frame, mark: Mark) -> Markup:
-    x, y = frame.x(mark.x), frame.y(mark.y)
-    anchor, shift = ("end", 4) if x > (LEFT + frame.end) / 2 else ("start", -4)
-    point = element("circle", f"mark {series_class(mark.series)}", mark.label, cx=x, cy=y, r=5)
-    return point + written("value", x + shift, max(y - 10, frame.top - 8), mark.label, anchor)
+    return _circle(frame, mark) + joined(_labels(frame, [mark]))
+
+
+def _circle(frame: Frame, mark: Mark) -> Markup:
+    style = f"{'hollow' if mark.hollow else 'mark'} {series_class(mark.series)}"
+    return element("circle", style, mark.label, cx=frame.x(mark.x), cy=frame.y(mark.y), r=5)
+
+
+def _labels(frame: Frame, marks: Sequence[Mark]) -> list[Markup]:
+    """The names of marks above them, or where another name is already, below or further away."""
+    found, taken = [], list[tuple[float, float, float]]()
+    circles = [(frame.x(mark.x) - 6, frame.x(mark.x) + 6, frame.y(mark.y) + 4) for mark in marks]
+    for mark in sorted(marks, key=lambda mark: -mark.y):
+        x, y = frame.x(mark.x), frame.y(mark.y)
+        at_end = x > (LEFT + frame.end) / 2
+        width = 6.6 * len(mark.label)
+        left, right = (x + 4 - width, x + 4) if at_end else (x - 4, x - 4 + width)
+        mine = (x - 6, x + 6, y + 4)
+        for height in (max(y - 10, frame.top - 8), y + 19, y - 25, y + 33, y - 40):
+            others = taken + [circle for circle in circles if circle != mine]
+            if not any(left < end and begin < right and abs(height - at) < 13 for begin, end, at in others):
+                break
+        else:
+            continue  # no room: the name is shown on pointing at the mark
+        taken.append((left, right, height))
+        found.append(
+            written("value", x + 4 if at_end else x - 4, round(height, 1), mark.label, "end" if at_end else "start")
+        )
+    return found
+
+
+def _whisker(frame: Frame, mark: Mark) -> Markup:
+    x, low, high = frame.x(mark.x), frame.y(mark.y - mark.spread), frame.y(mark.y + mark.spread)
+    return element("line", f"whisker {series_class(mark.series)}", x1=x, x2=x, y1=high, y2=low)
+
+
+def _stairs(frame: Frame, front: Sequence[tuple[float, float]]) -> Markup:
+    corners = [(front[0][0], frame.y_low)]
+    for (x, y), (next_x, _) in zip(front, [*front[1:], (frame.x_high, 0.0)], strict=True):
+        corners += [(x, y), (next_x, y)]
+    return element("polyline", "front", "Pareto front", points=frame.points(corners))
 
 
 def _span(frame: Frame, span: Span) -> Markup:

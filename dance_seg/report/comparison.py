@@ -2,159 +2,68 @@
 
     print(compare_runs(["runs/camvid_dense", "runs/camvid_data_slimming"]).as_text())
 
-Finished runs whose recipes differ only in the seed form one row, mean and standard deviation. What makes rows hard to
-compare (other hardware, data, length, precision, commit) is said below the table.
+Finished runs whose recipes differ only in the seed form one row, mean and standard deviation. A ratio of rows that have
+the same seeds has an interval (`dance_seg.report.ratios` says which). What makes rows hard to compare (other hardware,
+data, length, precision, commit) is said below the table.
 """
 
 import html
-import re
-import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from dance_seg.report.page import count_text, figure_text, listed
-from dance_seg.report.runs import Run, flat, number, read_run, section
+from dance_seg.report.notes import differences, notes, ran_differently, validation_data
+from dance_seg.report.offline_run import is_offline_run, read_offline_run, run_id
+from dance_seg.report.page import listed
+from dance_seg.report.ratios import CONFIDENCE, Interval, difference_interval, dominators, paired, ratio_interval
+from dance_seg.report.rows import COLUMNS, Column, Row, grouped, hardware, row_name
+from dance_seg.report.runs import Run, read_run
 
-# Keys that change where a run is kept and how it is watched, not what it computes.
-FREE_KEYS = ("name", "tracking.", "data.args.root", "data.args.workers", "data.args.cache_", "trainer.log_every",
-             "trainer.save_every_minutes", "trainer.threads")  # fmt: skip
-# Arguments of a data set that change training alone; all others may change what is validated on.
-TRAINING_ARGS = {
-    "batch_size",
-    "workers",
-    "crop",
-    "random_scale",
-    "flip",
-    "color",
-    "root",
-    "cache_gb",
-    "cache_dir",
-    "statistics_images",
-    "bad_files",
-    "bad_files_cap",
-    "num_train",
-}
-
-LATENCY_CONDITIONS = ("batch", "device", "dtype", "threads", "input_size")
+__all__ = ["COLUMNS", "Column", "Comparison", "Row", "compare_runs", "row_name"]
 
 
-@dataclass(frozen=True)
-class Column:
-    """One figure of the table. A cost is compared by its ratio, a score by its difference in points."""
+UNITS = {"k": 1e3, "M": 1e6, "G": 1e9, "kB": 1e3, "MB": 1e6, "GB": 1e9}
 
-    key: str
-    heading: str
-    group: str
-    value: Callable[[Run], float | None]
-    is_score: bool = False
-    text: Callable[[float], str] = figure_text
-    on_hardware: bool = False  # figures of different hardware are not compared
-
-
-def _training(key: str) -> Callable[[Run], float | None]:
-    return lambda run: number(run.training.get(key))
-
-
-def _inference(key: str) -> Callable[[Run], float | None]:
-    return lambda run: number(run.inference.get(key))
-
-
-def _latency(key: str) -> Callable[[Run], float | None]:
-    return lambda run: number(run.latency.get(key))
-
-
-def _best(run: Run) -> float | None:
-    return run.best.miou if run.best else None
-
-
-def _last(run: Run) -> float | None:
-    return run.last.miou if run.last else None
-
-
-def _pixel_accuracy(run: Run) -> float | None:
-    shown = run.best or run.last
-    return shown.pixel_accuracy if shown else None
-
-
-def points_text(value: float) -> str:
-    """A score in points."""
-    return f"{value:.2f}"
-
-
-def whole_text(value: float) -> str:
-    """A count, or the mean of some, without decimals."""
-    return f"{value:,.0f}"
-
-
-COLUMNS = (
-    Column("val/miou_best", "mIoU best", "Score, in points", _best, True, points_text),
-    Column("val/miou_last", "mIoU last", "Score, in points", _last, True, points_text),
-    Column("val/pixel_accuracy", "pixel accuracy", "Score, in points", _pixel_accuracy, True, points_text),
-    Column("cost/train_gmacs", "GMACs", "Training cost", _training("cost/train_gmacs")),
-    Column("cost/train_seconds", "seconds", "Training cost", _training("cost/train_seconds"), on_hardware=True),
-    Column("cost/pixels", "pixels", "Training cost", _training("cost/pixels"), text=count_text),
-    Column("cost/images_paid", "images paid", "Training cost", _training("cost/images_paid"), text=whole_text),
-    Column("cost/images_dropped", "dropped", "Training cost", _training("cost/images_dropped"), text=whole_text),
-    Column("cost/train_joules", "joules", "Training cost", _training("cost/train_joules"), on_hardware=True),
-    Column("inference/gmacs", "GMACs", "Inference cost", _inference("gmacs")),
-    Column("inference/parameters", "parameters", "Inference cost", _inference("parameters"), text=count_text),
-    Column(
-        "inference/joules_per_image", "J per image", "Inference cost", _inference("joules_per_image"), on_hardware=True
-    ),
-    Column("inference/latency_p50_ms", "ms p50", "Inference cost", _latency("p50"), on_hardware=True),
-    Column("inference/latency_p90_ms", "ms p90", "Inference cost", _latency("p90"), on_hardware=True),
+# Costs that people trade against the score, and whose Pareto front is told.
+COSTS_WITH_FRONT = (
+    "cost/train_gmacs",
+    "cost/train_seconds",
+    "cost/train_joules",
+    "inference/gmacs",
+    "inference/latency_p50_ms",
+    "inference/joules_per_image",
 )
 
 
 @dataclass(frozen=True)
-class Spread:
-    """One figure over the runs of a row."""
+class Front:
+    """The score against one cost: (cost, score) of each row, and which rows no other beats in both."""
 
-    values: tuple[float, ...]
-
-    @property
-    def mean(self) -> float:
-        """The mean over the runs."""
-        return statistics.fmean(self.values)
+    cost: Column
+    score: Column
+    points: Mapping[str, tuple[float, float]]
 
     @property
-    def std(self) -> float | None:
-        """The standard deviation of a sample; None for one run."""
-        return statistics.stdev(self.values) if len(self.values) > 1 else None
-
-
-@dataclass(frozen=True)
-class Row:
-    """One run, or several that differ only in the seed."""
-
-    name: str
-    runs: tuple[Run, ...]
+    def beaten_by(self) -> dict[str, list[str]]:
+        """For each row, those that cost no more and score no less; none for a row of the front."""
+        return dominators(self.points)
 
     @property
-    def finished(self) -> bool:
-        """Whether every run of the row came to its end."""
-        return all(run.finished for run in self.runs)
+    def members(self) -> list[str]:
+        """The rows of the front, the cheapest first."""
+        names = [name for name, others in self.beaten_by.items() if not others]
+        return sorted(names, key=lambda name: self.points[name])
 
-    @property
-    def label(self) -> str:
-        """The name with what must be known about the row."""
-        if not self.finished:
-            (run,) = self.runs
-            return f"{self.name} (unfinished: epoch {run.epochs_done} of {run.max_epochs})"
-        return f"{self.name} ({len(self.runs)} seeds)" if len(self.runs) > 1 else self.name
+    def text(self) -> str:
+        """The front in a line."""
+        beaten = [f"{name} (by {listed(others, 2)})" for name, others in self.beaten_by.items() if others]
+        said = f"{self.score.heading} against {self.cost.title}: {', '.join(self.members)}"
+        return said + (f"; dominated: {', '.join(beaten)}" if beaten else "")
 
-    @cached_property
-    def figures(self) -> Mapping[str, Spread]:
-        """The figures by column; a figure that any run of the row lacks is left out."""
-        found = {}
-        for column in COLUMNS:
-            values = [value for run in self.runs if (value := column.value(run)) is not None]
-            if len(values) == len(self.runs):
-                found[column.key] = Spread(tuple(values))
-        return found
+    def record(self) -> dict[str, Any]:
+        """The same as plain data."""
+        return {"score": self.score.key, "front": self.members, "dominated_by": self.beaten_by}
 
 
 @dataclass(frozen=True)
@@ -198,6 +107,38 @@ class Comparison:
         pair = self._pair(row, column)
         return pair[0] - pair[1] if pair else None
 
+    def interval(self, row: Row, column: Column) -> Interval | None:
+        """How sure the ratio is, or for a score the difference; None unless both rows have the same seeds, two or more.
+
+        The pairs are those of a seed: see `dance_seg.report.ratios`.
+        """
+        if row is self.rows[self.baseline] or self._pair(row, column) is None:
+            return None
+        pairs = paired(row.by_seed(column), self.rows[self.baseline].by_seed(column))
+        return difference_interval(pairs) if column.is_score else ratio_interval(pairs)
+
+    def fronts(self) -> list["Front"]:
+        """The Pareto front of the score against each cost in which finished rows differ."""
+        found = []
+        score = next((column for column in self.columns if column.is_score), None)
+        for column in self.columns if score is not None and self.same_validation_data else ():
+            points = {
+                row.name: (row.figures[column.key].mean, row.figures[score.key].mean)  # type: ignore[union-attr]
+                for row in self.rows
+                if column.key in COSTS_WITH_FRONT
+                and row.finished
+                and {column.key, score.key} <= row.figures.keys()  # type: ignore[union-attr]
+                and not (column.on_hardware and hardware(row.runs[0]) != hardware(self.rows[self.baseline].runs[0]))
+            }
+            if len({cost for cost, _ in points.values()}) > 1:
+                found.append(Front(column, score, points))  # type: ignore[arg-type]
+        return found
+
+    @property
+    def ran_differently(self) -> tuple[str, ...]:
+        """In what respects rows ran differently, such as precision; part of a ratio may come from that."""
+        return tuple(ran_differently(self.rows))
+
     def _pair(self, row: Row, column: Column) -> tuple[float, float] | None:
         base = self.rows[self.baseline]
         comparable = (row.finished and base.finished) or column.group == "Inference cost"
@@ -216,15 +157,21 @@ class Comparison:
             return "–", ""
         text = column.text(figure.mean)
         if figure.std or (figure.std is not None and column.is_score):  # what is counted is the same for every seed
-            text += f" ± {column.text(figure.std)}"
+            text += f" ± {alike(figure.std, text)}"
         if column.key == "val/miou_best" and len(row.runs) == 1 and row.runs[0].best:
             text += f" @{row.runs[0].best.epoch}"
         if row is self.rows[self.baseline]:
             return text, ""
         ratio, difference = self.ratio(row, column), self.difference(row, column)
-        if column.is_score:
-            return text, f"{difference:+.2f}".replace("-", "−") if difference is not None else ""
-        return text, f"{ratio:.2f}x" if ratio is not None else ""
+        against = difference if column.is_score else ratio
+        if against is None:
+            return text, ""
+        form = "+.2f" if column.is_score else ".2f"
+        said = f"{against:{form}}" + ("" if column.is_score else "x")
+        bounds = self.interval(row, column)
+        if bounds is not None and bounds.high - bounds.low > 1e-9 * abs(bounds.high):  # what is only counted has none
+            said += f" [{bounds.low:{form}}, {bounds.high:{form}}]"
+        return text, said.replace("-", "−")
 
     def as_text(self) -> str:
         """Aligned tables for a terminal, one for each group of columns, then the notes."""
@@ -235,7 +182,9 @@ class Comparison:
                 table.append([self._row_title(row), *(text for column in columns for text in self.cell(row, column))])
             head, *body = aligned(table)
             lines += [head, "-" * max(map(len, (head, *body))), *body, ""]
-        lines += [f"* {note}" for note in self.notes]
+        lines += [f"* {note}" for note in self.all_notes()]
+        if fronts := self.fronts():
+            lines += ["", "Pareto fronts:", *(f"* {front.text()}" for front in fronts)]
         if self.differences:
             lines += ["", "Recipes:", *(f"* {difference}" for difference in self.differences)]
         return "\n".join(lines).rstrip() + "\n"
@@ -250,7 +199,9 @@ class Comparison:
                 cells = [text + (f" ({note})" if note else "") for text, note in (self.cell(row, c) for c in columns)]
                 lines.append("| " + " | ".join([markdown_text(self._row_title(row)), *cells]) + " |")
             lines.append("")
-        lines += [f"- {markdown_text(note)}" for note in self.notes]
+        lines += [f"- {markdown_text(note)}" for note in self.all_notes()]
+        if fronts := self.fronts():
+            lines += ["", "Pareto fronts:", "", *(f"- {markdown_text(front.text())}" for front in fronts)]
         if self.differences:
             lines += ["", "Recipes:", "", *(f"- {markdown_text(difference)}" for difference in self.differences)]
         return "\n".join(lines).rstrip() + "\n"
@@ -260,9 +211,25 @@ class Comparison:
         return {
             "baseline": self.rows[self.baseline].name,
             "rows": [self._row_record(row) for row in self.rows],
-            "notes": list(self.notes),
+            "notes": list(self.all_notes()),
+            "ran_differently": list(self.ran_differently),
+            "fronts": {front.cost.key: front.record() for front in self.fronts()},
             "recipe_differences": list(self.differences),
         }
+
+    def all_notes(self) -> tuple[str, ...]:
+        """The notes, the gravest first, and how intervals were made where there are any."""
+        found = self.notes
+        if respects := self.ran_differently:
+            what = ", ".join(respects)
+            found = (f"WARNING: rows ran differently ({what}); part of a ratio may come from that.", *found)
+        if any(self.interval(row, column) for row in self.rows for column in self.columns):
+            found = (
+                *found,
+                f"Brackets: {100 * CONFIDENCE:.0f} % intervals of Student's t over the pairs of runs with one seed; of "
+                "costs in logarithms. Two or three seeds make them wide.",
+            )
+        return found
 
     def _row_title(self, row: Row) -> str:
         return row.label + (", baseline" if row is self.rows[self.baseline] and len(self.rows) > 1 else "")
@@ -277,6 +244,7 @@ class Comparison:
                     "values": list(figure.values),
                     "ratio": self.ratio(row, column),
                     "difference": self.difference(row, column),
+                    "interval": bounds._asdict() if (bounds := self.interval(row, column)) else None,
                 }
         return {
             "name": row.name,
@@ -293,146 +261,46 @@ class Comparison:
 def compare_runs(folders: Sequence[str | Path], baseline: str | Path | None = None) -> Comparison:
     """Read runs and set them side by side; the baseline is the first when none is named.
 
-    A baseline that is not among the folders is put before them; a folder given twice counts once.
-    Raises ValueError for a folder that holds no run.
+    A folder is a run folder or an offline run of Weights & Biases; the parts of one that was resumed are one run. A
+    baseline that is not among the folders is put before them; a run given twice counts once, and its run folder, which
+    holds more, goes before its offline runs. Raises ValueError for a folder that holds no run.
     """
     wanted = [Path(folder) for folder in folders]
     if baseline is not None and Path(baseline).resolve() not in {folder.resolve() for folder in wanted}:
         wanted.insert(0, Path(baseline))
     if not wanted:
         raise ValueError("no run to compare; name at least one run folder, such as runs/shapes_dense")
-    runs = [read_run(folder) for folder in {folder.resolve(): folder for folder in wanted}.values()]
-    rows = grouped(runs)
-    base = Path(baseline).resolve() if baseline is not None else wanted[0].resolve()
-    place = next(i for i, row in enumerate(rows) if any(run.folder.resolve() == base for run in row.runs))
+    runs = _read_runs(list({folder.resolve(): folder for folder in wanted}.values()))
+    rows = grouped(list({id(run): run for run in runs.values()}.values()))
+    base = runs[(Path(baseline) if baseline is not None else wanted[0]).resolve()]
+    place = next(i for i, row in enumerate(rows) if any(run is base for run in row.runs))
     return Comparison(rows, place, tuple(notes(rows)), tuple(differences(rows, place)))
 
 
-def grouped(runs: Sequence[Run]) -> tuple[Row, ...]:
-    """Rows of runs that differ only in the seed; an unfinished run has its own."""
-    found: dict[Any, list[Run]] = {}
-    for run in runs:
-        alike = (repr(sorted(essential(run).items(), key=str)), hardware(run))
-        found.setdefault(alike if run.finished else run.folder, []).append(run)
-    names = [row_name(members) for members in found.values()]
-    # The same name in two places: the whole path tells them apart.
-    names = [
-        name if names.count(name) == 1 else str(members[0].folder)
-        for name, members in zip(names, found.values(), strict=True)
-    ]
-    return tuple(Row(name, tuple(members)) for name, members in zip(names, found.values(), strict=True))
+def _read_runs(folders: Sequence[Path]) -> dict[Path, Run]:
+    """The run of each folder; several folders may hold the same."""
+    offline = [folder for folder in folders if is_offline_run(folder) and not (folder / "recipe.yaml").is_file()]
+    known = {folder: read_run(folder) for folder in folders if folder not in offline}
+    by_id = {run_id(run): run for run in known.values() if run_id(run)}
+    parts: dict[str, list[Path]] = {}
+    for folder in offline:
+        parts.setdefault(run_id(read_offline_run(folder)), []).append(folder)
+    for name, own in parts.items():
+        run = by_id[name] if name in by_id else read_offline_run(*own)
+        known |= dict.fromkeys(own, run)
+    return {folder.resolve(): known[folder] for folder in folders}
 
 
-def essential(run: Run) -> dict[str, Any]:
-    """The recipe by dotted keys, without the seed and what does not change the result."""
-    values = flat(dict(run.recipe))
-    return {key: value for key, value in values.items() if key != "seed" and not key.startswith(FREE_KEYS)}
+def alike(value: float, text: str) -> str:
+    """A spread with as many decimals, and in the same unit, as the figure that is written beside it.
 
-
-def row_name(runs: Sequence[Run]) -> str:
-    """What the names of the runs have in common, without a seed's number at its end."""
-    names = [run.name for run in runs]
-    if len(set(names)) == 1:
-        return names[0]
-    shared = names[0]
-    while not all(name.startswith(shared) for name in names):
-        shared = shared[:-1]
-    return re.sub(r"[-_.]?(seed|s)?[-_.]?\d*$", "", shared) or names[0]
-
-
-def hardware(run: Run) -> str:
-    """What a run ran on."""
-    facts = run.circumstances
-    trainer = section(run.recipe, "trainer")
-    accelerator = facts.get("accelerator", "none") if trainer.get("accelerator") != "cpu" else "none"
-    devices = number(trainer.get("devices")) or 1
-    times = f"{devices:.0f} x " if devices > 1 else ""
-    if accelerator != "none":
-        return f"{times}{accelerator}"
-    threads = f", {trainer['threads']} threads" if trainer.get("threads") else ""
-    return f"{times}{facts.get('processor', 'unknown processor')}, {facts.get('cores', '?')} cores{threads}"
-
-
-def notes(rows: Sequence[Row]) -> list[str]:
-    """What a reader must know before comparing the rows."""
-    found = []
-    unfinished = [row.name for row in rows if not row.finished]
-    if unfinished:
-        found.append(
-            f"Unfinished: {listed(unfinished)}; what they spent and scored is as of their last complete epoch."
-        )
-
-    said = (
-        ("Rows were scored on different data, their scores cannot be compared", validation_data),
-        ("Rows were trained on different data sets", lambda run: section(run.recipe, "data").get("name")),
-        ("Rows read their data from different folders, make sure that they hold the same", _root),
-        ("Rows ran on different hardware, their seconds cannot be compared", hardware),
-        ("Rows ran in different precision", lambda run: section(run.recipe, "trainer").get("precision", "32-true")),
-        ("Rows were trained for different numbers of epochs", lambda run: run.max_epochs),
-        ("Rows count inference at different input sizes", lambda run: run.inference.get("input_size")),
-        ("Rows measured latency under different conditions", _latency_conditions),
-        ("Rows were made at different commits", lambda run: run.circumstances.get("commit") or "unknown"),
-        ("Rows ran with different versions", lambda run: _words(section(run.circumstances, "versions"))),
-    )
-    found += [note for text, fact in said if (note := differing(text, rows, fact)) is not None]
-    changed = [
-        row.name for row in rows if any(str(run.circumstances.get("commit", "")).endswith("+") for run in row.runs)
-    ]
-    if changed:
-        found.append(f"Made with changes that are in no commit: {listed(changed)}.")
-    for row in rows:
-        twice = sorted({str(run.seed) for run in row.runs if [other.seed for other in row.runs].count(run.seed) > 1})
-        if twice:
-            found.append(f"{row.name} holds seed {listed(twice)} more than once; its spread is too small.")
-        operations = sorted({str(name) for run in row.runs for name in run.inference.get("uncounted") or ()})
-        if operations:
-            found.append(f"{row.name}: not counted in its GMACs: {listed(operations)}.")
-    single = [row for row in rows if row.finished and len(row.runs) == 1]
-    if single and len(rows) > 1:
-        who = "Each row is" if len(single) == len(rows) else f"{listed([row.name for row in single])}:"
-        found.append(f"{who} one seed; a difference of a point or two may be chance.")
-    return found
-
-
-def differing(text: str, rows: Sequence[Row], fact: Callable[[Run], Any]) -> str | None:
-    """A note that names a fact in which runs differ and who has which; None when all agree or none says."""
-    by_value: dict[str, list[str]] = {}
-    for row in rows:
-        for run in row.runs:
-            value = fact(run)
-            if value is not None:
-                names = by_value.setdefault(str(value), [])
-                names += [row.name] if row.name not in names else []
-    if len(by_value) < 2:
-        return None
-    return f"{text}: " + "; ".join(f"{listed(names, 3)}: {value}" for value, names in by_value.items()) + "."
-
-
-def differences(rows: Sequence[Row], baseline: int) -> list[str]:
-    """What sets each row's recipe apart from the baseline's."""
-    base = rows[baseline].runs[0]
-    found = []
-    for row in rows:
-        if row is rows[baseline]:
-            continue
-        changed, here = [], row.runs[0]
-        mine, theirs = essential(here), essential(base)
-        for key in sorted(mine.keys() | theirs.keys()):
-            name = key.partition(".")[0]
-            was, now = base.recipe.get(name), here.recipe.get(name)
-            if isinstance(was, dict) != isinstance(now, dict):  # the whole section comes or goes
-                changed.append(f"{name} {_value(was)} → {_value(now)}")
-            elif mine.get(key) != theirs.get(key):
-                changed.append(f"{key} {_value(theirs.get(key))} → {_value(mine.get(key))}")
-        found.append(f"{row.name}: {listed(list(dict.fromkeys(changed)), 8) or 'the same recipe as the baseline'}")
-    return found
-
-
-def validation_data(run: Run) -> str:
-    """The data that a run is scored on, as far as its recipe tells."""
-    data = section(run.recipe, "data")
-    args = {key: value for key, value in section(data, "args").items() if key not in TRAINING_ARGS}
-    return f"{data.get('name')} {_words(args)}".strip()
+    >>> alike(0.0728, "60.2"), alike(31.4, "1,200"), alike(1_234_567.0, "13.1 M")
+    ('0.1', '31', '1.2 M')
+    """
+    digits, _, unit = text.partition(" ")
+    factor = UNITS.get(unit, 1.0)
+    decimals = len(digits.partition(".")[2])
+    return f"{value / factor:,.{decimals}f}" + (f" {unit}" if unit else "")
 
 
 def aligned(table: Sequence[Sequence[str]]) -> list[str]:
@@ -460,19 +328,3 @@ def markdown_text(text: str) -> str:
     'a\\\\|b &lt;c&gt;'
     """
     return " ".join(html.escape(text, quote=False).replace("|", "\\|").split())
-
-
-def _root(run: Run) -> Any:
-    return section(section(run.recipe, "data"), "args").get("root")
-
-
-def _latency_conditions(run: Run) -> str | None:
-    return _words({key: run.latency[key] for key in LATENCY_CONDITIONS if key in run.latency}) or None
-
-
-def _words(record: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key} {value}" for key, value in sorted(record.items(), key=str))
-
-
-def _value(value: Any) -> str:
-    return "on" if isinstance(value, dict) else "off" if value is None else str(value)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from dance_seg.report.charts import Line, Mark, line_chart, scatter, series_class
-from dance_seg.report.comparison import Column, Comparison, Row
+from dance_seg.report.comparison import COSTS_WITH_FRONT, Comparison
 from dance_seg.report.page import (
     Bar,
     Bars,
@@ -22,17 +22,21 @@ from dance_seg.report.page import (
     Section,
     Table,
     change_text,
+    listed,
     seconds_text,
 )
 from dance_seg.report.pictures import embedded_image, embedded_indices, fitted, marked_errors, points_right
-from dance_seg.report.run_page import PICTURE_BYTES, Shown, class_keys, panels_bytes, plan_chart, read_pictures
+from dance_seg.report.predictions import PICTURE_BYTES, Shown, class_keys, panels_bytes, read_pictures
+from dance_seg.report.rows import Column, Row
 from dance_seg.report.runs import Run
+from dance_seg.report.slimmed_data import plan_chart
 from dance_seg.report.widths import compared
 
 MOST_PICTURES = 3
 MOST_READ = 12  # pictures of a run, to find those that all runs have
 MOST_ROWS_WITH_PICTURES = 6
 MOST_PLANS = 6
+MOST_LABELS = 8  # names beside points; more would lie on one another
 
 
 def comparison_page(comparison: Comparison) -> Page:
@@ -45,6 +49,9 @@ def comparison_page(comparison: Comparison) -> Page:
     )
     if not comparison.same_validation_data:
         warnings.append("The rows were scored on different data: their scores cannot be compared.")
+    if comparison.ran_differently:
+        what = ", ".join(comparison.ran_differently)
+        warnings.append(f"The rows ran differently ({what}): part of a ratio may come from that; see the last lines.")
     return Page(
         title=title,
         subtitle=f"Ratios and differences are against {base.name}.",
@@ -102,7 +109,7 @@ def glance(comparison: Comparison) -> Section:
         bars = []
         for number, row in enumerate(comparison.rows):
             if row.name in present:
-                _, against = comparison.cell(row, column)
+                against = comparison.cell(row, column)[1].partition(" [")[0]  # no room for the interval
                 share = min(1.0, max(0.0, present[row.name] / longest))
                 mark = "" if row.finished else " (unfinished)"
                 said = column.text(present[row.name]) + (f" · {against}" if against else "")
@@ -191,34 +198,47 @@ def score_against(run: Run, key: str) -> tuple[list[float], list[float]]:
 
 
 def trade_offs(comparison: Comparison) -> Section:
-    """Score against each cost, a point for each row."""
+    """Score against each cost, a point for each row, with the Pareto front of the finished ones."""
     title, rows = "Score against cost", comparison.rows
     score = next((column for column in comparison.columns if column.is_score), None)
-    keys = (
-        "cost/train_gmacs",
-        "cost/train_seconds",
-        "cost/train_joules",
-        "inference/gmacs",
-        "inference/latency_p50_ms",
-    )
+    fronts = {front.cost.key: front for front in comparison.fronts()}
     charts = []
     for column in comparison.columns:
-        if score is None or column.key not in keys:
+        if score is None or column.key not in COSTS_WITH_FRONT:
             continue
+        front = fronts.get(column.key)
+        beaten = front.beaten_by if front else {}
         points = [
-            Mark(row.figures[column.key].mean, row.figures[score.key].mean, "" if len(rows) > 6 else row.name, number)
+            Mark(
+                row.figures[column.key].mean,
+                row.figures[score.key].mean,
+                row.name,
+                number,
+                hollow=bool(beaten.get(row.name)),
+                spread=row.figures[score.key].std or 0.0,
+            )
             for number, row in enumerate(rows)
-            if column.key in row.figures and score.key in row.figures
+            if {column.key, score.key} <= row.figures.keys()
         ]
         if len({point.x for point in points}) < 2:  # nothing to trade
             continue
-        if drawing := scatter(
-            points, title=f"{score.heading} against {column.heading}", x_label=column.heading, y_label=score.heading
-        ):
-            charts.append(Chart(f"{column.group}: {column.heading}", drawing))
+        drawing = scatter(
+            points,
+            title=f"{score.heading} against {column.title}",
+            x_label=column.heading,
+            y_label=score.heading,
+            front=[front.points[name] for name in front.members] if front else (),
+            labelled=len(rows) <= MOST_LABELS,
+        )
+        said = [f"{name} (by {listed(others, 2)})" for name, others in beaten.items() if others]
+        note = f"Dominated: {'; '.join(said)}." if said else ""
+        charts.append(Chart(f"{column.group}: {column.heading}", drawing, note))
     if not charts:
         return Section(title, note="No two rows have a score and different costs.")
-    return Section(title, (Legend(row_keys(rows)), *charts), "Up and to the left is better.")
+    note = "Up and to the left is better. The line is the Pareto front: no row costs less and scores more."
+    note += " Hollow points are dominated: another row costs no more and scores no less."
+    note += " Whiskers: the standard deviation over seeds." * any(len(row.runs) > 1 for row in rows)
+    return Section(title, (Legend(row_keys(rows)), *charts), note)
 
 
 def savings(rows: Sequence[Row]) -> Section:
@@ -232,16 +252,17 @@ def savings(rows: Sequence[Row]) -> Section:
 
 def figures(comparison: Comparison) -> Section:
     """All figures, then what to know before comparing them."""
-    rows = []
-    for number, row in enumerate(comparison.rows):
-        cells = [Cell(*comparison.cell(row, column)) for column in comparison.columns]
-        title = Cell(row.label, "baseline" if number == comparison.baseline else "", f"{series_class(number)}")
-        rows.append((title, *cells))
-    groups = [("", 1), *((group, len(columns)) for group, columns in comparison.groups())]
-    head = ("", *(column.heading for column in comparison.columns))
-    blocks: list[Block] = [Table(head, tuple(rows), groups=tuple(groups))]
-    if comparison.notes:
-        blocks.append(Lines(comparison.notes, title="Before comparing"))
+    blocks: list[Block] = []
+    for group, columns in comparison.groups():
+        rows = []
+        for number, row in enumerate(comparison.rows):
+            cells = [Cell(*comparison.cell(row, column)) for column in columns]
+            title = Cell(row.label, "baseline" if number == comparison.baseline else "", series_class(number))
+            rows.append((title, *cells))
+        head = ("", *(column.heading for column in columns))
+        blocks.append(Table(head, tuple(rows), title=group, wide=True))
+    if notes := comparison.all_notes():
+        blocks.append(Lines(notes, title="Before comparing"))
     if comparison.differences:
         blocks.append(Lines(comparison.differences, title="How the recipes differ from the baseline's"))
     return Section("All figures", tuple(blocks))

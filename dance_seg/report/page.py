@@ -84,7 +84,7 @@ class Table:
     title: str = ""
     note: str = ""
     figures: bool = True
-    groups: tuple[tuple[str, int], ...] = ()  # headings over several columns
+    wide: bool = False  # over the whole page
 
 
 @dataclass(frozen=True)
@@ -239,6 +239,18 @@ def change_text(ratio: float) -> str:
     if round(abs(percent), digits) == 0:
         return "±0 %"
     return f"{'+' if percent > 0 else '−'}{abs(percent):.{digits}f} %"
+
+
+def bytes_text(count: float) -> str:
+    """A number of bytes as people say it.
+
+    >>> bytes_text(512), bytes_text(123_456_789), bytes_text(2_500_000_000)
+    ('512 B', '123 MB', '2.50 GB')
+    """
+    for factor, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if count >= factor:
+            return f"{figure_text(count / factor)} {unit}"
+    return f"{count:.0f} B"
 
 
 def listed(names: Sequence[str], most: int = 6) -> str:

@@ -5,17 +5,14 @@
 Each section is a function of the run; a part that is not there yet leaves one line that says so.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
-
-from dance_seg.data_slimming.plan import DataSlimming
-from dance_seg.errors import DataError
 from dance_seg.machine import write_text
-from dance_seg.report.charts import Layer, Line, Mark, Span, histogram, line_chart, shades, stacked_chart
+from dance_seg.report.charts import Line, Mark, Span, line_chart
+from dance_seg.report.costs import costs, size_text
 from dance_seg.report.page import (
     Bar,
     Bars,
@@ -23,13 +20,8 @@ from dance_seg.report.page import (
     Cell,
     Chart,
     Details,
-    Key,
-    Legend,
     Page,
-    Panel,
-    Panels,
     Section,
-    Stack,
     Table,
     change_text,
     count_text,
@@ -38,25 +30,11 @@ from dance_seg.report.page import (
     render,
     seconds_text,
 )
-from dance_seg.report.pictures import (
-    IGNORED,
-    WRONG,
-    Indices,
-    embedded_image,
-    embedded_indices,
-    fitted,
-    marked_errors,
-    points_right,
-    read_image,
-    read_indices,
-)
-from dance_seg.report.runs import Picture, Run, Thumbnail, Validation, WholePlan, number, read_run, section
+from dance_seg.report.predictions import predictions
+from dance_seg.report.roofline import roofline
+from dance_seg.report.runs import Run, Validation, number, read_run, section
+from dance_seg.report.slimmed_data import complexity, image_losses, plan
 from dance_seg.report.widths import slimming
-
-MOST_PICTURES = 8
-PICTURE_BYTES = 2_600_000  # of validation pictures in a page
-STEPS = ("step", "forward", "backward")  # kinds of cost that are training itself; the others are overheads
-THUMBNAIL_BYTES = 600_000  # of each row of training images
 
 
 def write_report(folder: str | Path) -> Path:
@@ -80,8 +58,10 @@ def report(run: Run) -> Page:
             class_scores(run),
             curves(run),
             costs(run),
+            *([roofline(run)] if run.other_costs.get("roofline") else []),
             plan(run),
             complexity(run),
+            image_losses(run),
             slimming(run),
             recipe(run),
             circumstances(run),
@@ -137,76 +117,6 @@ def against_dense(run: Run) -> str:
     if run.plan is None:
         return ""
     return f"{change_text(run.plan.pixels / run.plan.dense_pixels)} pixels against dense epochs of full images"
-
-
-# Pictures ---------------------------------------------------------------------------------------------------------
-
-
-def predictions(run: Run) -> Section:
-    """Image, label, prediction and errors of a few validation images."""
-    title = "Predictions beside labels"
-    shown, problems = read_pictures(run.pictures[:MOST_PICTURES])
-    if not shown:
-        return Section(title, note=problems or "No pictures yet: they are kept at each validation.")
-    rows = fitted(lambda width: [_panels(one, width) for one in shown], PICTURE_BYTES, panels_bytes)
-    note = "Validation images as the newest validation saw them. Wrong pixels are red; dark ones are not scored."
-    return Section(title, (*rows, Legend(class_keys(run, shown))), f"{note} {problems}".strip())
-
-
-class Shown(NamedTuple):
-    """A validation picture, read."""
-
-    picture: Picture
-    image: np.ndarray  # (H, W, 3)
-    label: Indices
-    prediction: Indices
-
-
-def read_pictures(pictures: Sequence[Picture]) -> tuple[list[Shown], str]:
-    """The pictures with image, label and prediction read, and a line about those that cannot be."""
-    shown, problems = [], []
-    for picture in pictures:
-        try:
-            label, prediction = read_indices(picture.label), read_indices(picture.prediction)
-            if label.ids.shape != prediction.ids.shape:
-                raise DataError(f"{picture.label}: label and prediction differ in size")
-            shown.append(Shown(picture, read_image(picture.image), label, prediction))
-        except DataError as error:
-            problems.append(str(error))
-    return shown, f"Left out: {listed(problems, 2)}." if problems else ""
-
-
-def _panels(shown: Shown, width: int) -> Panels:
-    picture, image, label, prediction = shown
-    right = points_right(label.ids, prediction.ids)
-    errors = marked_errors(image, label.ids, prediction.ids)
-    return Panels(
-        (
-            Panel(embedded_image(image, width), "image"),
-            Panel(embedded_indices(label, width), "label"),
-            Panel(embedded_indices(prediction, width), "prediction"),
-            Panel(embedded_image(errors, width), "errors"),
-        ),
-        title=picture.name,
-        note="" if right is None else f"{right:.1f} % of the scored pixels are right",
-    )
-
-
-def panels_bytes(rows: Sequence[Panels]) -> int:
-    """How large the pictures of rows are."""
-    return sum(len(panel.uri) for row in rows for panel in row.panels)
-
-
-def class_keys(run: Run, shown: Sequence[Shown]) -> tuple[Key, ...]:
-    """The colours of the classes in the pictures; only of errors where the run does not name its classes."""
-    present = sorted({int(i) for one in shown for ids in (one.label.ids, one.prediction.ids) for i in np.unique(ids)})
-    palette = shown[0].label.palette
-    named = [(run.classes[i], palette[i]) for i in present if i < len(run.classes)]
-    named += [("wrong", np.array(WRONG)), ("not scored", np.array(IGNORED))]
-    return tuple(Key(name, color="rgb({}, {}, {})".format(*(int(value) for value in color))) for name, color in named)
-
-
-# Scores -----------------------------------------------------------------------------------------------------------
 
 
 def class_scores(run: Run) -> Section:
@@ -284,215 +194,6 @@ def curves(run: Run) -> Section:
     return Section("Curves", tuple(chart for chart in charts if chart.svg), " ".join(notes))
 
 
-# Costs ------------------------------------------------------------------------------------------------------------
-
-
-def costs(run: Run) -> Section:
-    """Where seconds and MACs of training went; validation stands apart."""
-    title = "Where the cost went"
-    if not run.training:
-        return Section(title, note="No cost yet: the ledger is written after each epoch.")
-    blocks = [block for unit in ("seconds", "gmacs") if (block := cost_bars(run, unit)) is not None]
-    return Section(
-        title,
-        (Stack(tuple(blocks)), Stack((inference_table(run), ledger_table(run)))),
-        "Overheads of the method are part of its cost. Validation is not: it scores the run, it does not train it.",
-    )
-
-
-def cost_bars(run: Run, unit: str) -> Bars | None:
-    """Bars of one unit: training steps, each overhead, and validation last in grey."""
-    amounts = [(kind, figures[unit]) for kind, figures in run.charges.items() if figures.get(unit)]
-    if not amounts:
-        return None
-    largest = max(value for _, value in amounts)
-    total = sum(value for kind, value in amounts if kind != "validation")
-    bars = []
-    for kind, value in amounts:
-        said = seconds_text(value) if unit == "seconds" else f"{figure_text(value)} GMACs"
-        if kind == "validation":
-            bars.append(Bar("validation (not training)", value / largest, said, "shade-0"))
-        else:
-            share = f" · {100 * value / total:.1f} %" if total and len(amounts) > 1 else ""
-            bars.append(
-                Bar(charge_name(kind), value / largest, said + share, "shade-5" if kind in STEPS else "series-1")
-            )
-    return Bars(tuple(bars), title="Seconds" if unit == "seconds" else "Multiply-accumulates")
-
-
-def charge_name(kind: str) -> str:
-    """A kind of cost in words."""
-    words = {
-        "step": "training steps",
-        "forward": "steps, forward",
-        "backward": "steps, backward",
-        "scoring": "scoring complexity",
-        "batch_norm": "BatchNorm statistics",
-        "cache": "building caches",
-        "cuts": "cutting channels",
-    }
-    return words.get(kind, kind.replace("_", " "))
-
-
-def ledger_table(run: Run) -> Table:
-    """Every sum of the ledger that is not zero, under the name by which it is logged."""
-    rows = []
-    for key, value in run.training.items():
-        amount = number(value)
-        if amount:
-            rows.append((Cell(str(key)), Cell(f"{amount:,.0f}" if amount == int(amount) else figure_text(amount, 4))))
-    return Table((), tuple(rows), title="The ledger", note="What is not listed is zero.")
-
-
-def inference_table(run: Run) -> Table:
-    """What one forward pass costs, and what was not counted."""
-    inference = run.inference
-    rows = [("input size", size_text(inference.get("input_size")))]
-    for key, name in (("gmacs", "GMACs"), ("parameters", "parameters")):
-        if (value := number(inference.get(key))) is not None:
-            rows.append((name, figure_text(value, 4)))
-    milliseconds = [f"{amount:.4g} ({key})" for key in ("p50", "p90") if (amount := number(run.latency.get(key)))]
-    if milliseconds:
-        rows.append(("milliseconds", ", ".join(milliseconds)))
-        said = {"batch": "batch {}", "threads": "{} threads", "device": "{}", "dtype": "{}"}
-        conditions = [form.format(run.latency[key]) for key, form in said.items() if key in run.latency]
-        rows.append(("measured with", ", ".join(conditions) or "unknown"))
-    if (joules := number(inference.get("joules_per_image"))) is not None:
-        rows.append(("joules per image", figure_text(joules)))
-    rows.append(("not counted", listed([str(name) for name in inference.get("uncounted") or ()], 8) or "nothing"))
-    if not inference:
-        rows = [("inference", "not measured")]
-    return Table((), tuple((Cell(name), Cell(text)) for name, text in rows), title="One forward pass")
-
-
-# Data slimming ----------------------------------------------------------------------------------------------------
-
-
-def plan(run: Run) -> Section:
-    """What each epoch does with the images: the share at each scale, what is dropped, the pixels paid."""
-    title = "The plan, epoch by epoch"
-    if not run.recipe.get("data_slimming"):
-        return Section(title, note="No data slimming: every image is trained on at full resolution in every epoch.")
-    if run.plan is None:
-        return Section(title, note="No plan yet: it is written when training starts.")
-    paid, dense = run.plan.pixels, run.plan.dense_pixels
-    bars = Bars(
-        (
-            Bar("every image at full size in every epoch", 1.0, count_text(dense)),
-            Bar("this plan", min(1.0, paid / dense), count_text(paid), "series-0"),
-        ),
-        title="Pixels of all epochs",
-        note=f"{change_text(paid / dense)} against dense training.",
-    )
-    return Section(title, (plan_chart(run.plan), Stack((bars, plan_table(run.plan)))))
-
-
-def plan_chart(plan: WholePlan, title: str = "Images of each epoch") -> Chart:
-    """Stacked shares of the images offered, with the pixels paid as a line."""
-    offered = np.array([max(epoch.images_offered, 1) for epoch in plan.epochs])
-    served = np.array([epoch.images_per_scale for epoch in plan.epochs]).T / offered
-    dropped = np.array([epoch.images_dropped for epoch in plan.epochs]) / offered
-    height, width = plan.sizes[-1]
-    pixels = np.array([epoch.pixels for epoch in plan.epochs]) / (offered * height * width)
-    layers = [
-        Layer(f"scale {scale:g} ({size_text(size)})", shares.tolist(), shade)
-        for scale, size, shares, shade in zip(plan.scales, plan.sizes, served, shades(len(plan.scales)), strict=True)
-    ]
-    layers.append(Layer("dropped", dropped.tolist(), 0))
-    notes = [
-        f"epoch {k + 1}: "
-        + ", ".join(f"{layer.name} {100 * layer.values[k]:.0f} %" for layer in layers)
-        + f"; pixels {100 * pixels[k]:.0f} % of dense"
-        for k in range(len(plan.epochs))
-    ]
-    line = Line((np.arange(len(pixels)) + 0.5).tolist(), pixels.tolist(), "pixels paid, of dense", series=1)
-    drawing = stacked_chart(
-        layers,
-        title="Share of images at each scale and dropped, by epoch",
-        x_label="epoch",
-        y_label="of the images offered",
-        notes=notes if len(notes) <= 400 else (),
-        line=line,
-    )
-    return Chart(
-        title,
-        drawing,
-        keys=(*(Key(layer.name, f"shade-{layer.shade}") for layer in layers), Key(line.name, "series-1")),
-    )
-
-
-def plan_table(plan: WholePlan) -> Table:
-    """The plan's sums."""
-    sums = {
-        "steps": sum(epoch.steps for epoch in plan.epochs),
-        "images offered": sum(epoch.images_offered for epoch in plan.epochs),
-        "images paid": sum(epoch.images_paid for epoch in plan.epochs),
-        "images dropped": sum(epoch.images_dropped for epoch in plan.epochs),
-        "pixels": plan.pixels,
-    }
-    rows = [(Cell(name), Cell(f"{value:,}")) for name, value in sums.items()]
-    if plan.weights:
-        rows.append((Cell("loss weights at the end"), Cell(f"{min(plan.weights):.2f} to {max(plan.weights):.2f}")))
-    return Table((), tuple(rows), title="All epochs together")
-
-
-def complexity(run: Run) -> Section:
-    """How complex the training images are, where the plan divides them, and the extreme ones."""
-    title, values = "Complexity of the training images", run.plan.complexity if run.plan else ()
-    rows = (thumbnail_row("Simplest", run.simplest, sorted(values)),
-            thumbnail_row("Most complex", run.most_complex, sorted(values, reverse=True)))  # fmt: skip
-    thumbnails = tuple(row for row in rows if row is not None)
-    if run.plan is None or not values:
-        slimmed = bool(run.recipe.get("data_slimming"))
-        note = "Not scored yet." if slimmed else "No image was scored: the run has no data slimming."
-        return Section(title, thumbnails, note)
-    chart, note = complexity_chart(run, values, run.plan.measure.replace("_", " ") or "complexity")
-    if not thumbnails:
-        note += " There are no pictures of the simplest and the most complex images."
-    return Section(title, (chart, *thumbnails), note)
-
-
-def complexity_chart(run: Run, values: Sequence[float], measure: str) -> tuple[Chart, str]:
-    """The histogram with the boundaries between scales, and a line that explains it."""
-    options, defaults = section(run.recipe, "data_slimming"), DataSlimming()
-    quantiles = [q for item in options.get("quantiles", defaults.quantiles) if (q := number(item)) is not None]
-    drop_below = number(options.get("drop_below", defaults.drop_below)) or 0.0
-    drop_rate = number(options.get("drop_rate", defaults.drop_rate)) or 0.0
-    boundaries = [(float(np.quantile(values, min(max(q, 0.0), 1.0))), f"q {q:g}") for q in quantiles]
-    drops = drop_below > 0 and drop_rate > 0
-    svg = histogram(
-        values,
-        title="Histogram of complexity",
-        x_label=measure,
-        boundaries=boundaries,
-        marked_below=float(np.quantile(values, min(drop_below, 1.0))) if drops else None,
-    )
-    keys = (Key("may be dropped", "shade-0"), Key("always kept", "shade-4")) if drops else ()
-    note = f"{len(values):,} images, by {measure}. Lines: the quantiles that divide the scales"
-    note += " (sizes are drawn, complexity shifts them)." if options.get("sizes") == "drawn" else "."
-    return Chart("Distribution", svg, keys=keys), note
-
-
-def thumbnail_row(title: str, found: Sequence[Thumbnail], values: Sequence[float]) -> Panels | None:
-    """Training images in a row with their complexity, which is that of their rank among the values."""
-
-    def panels(width: int) -> list[Panels]:
-        made = []
-        for one in found[:MOST_PICTURES]:
-            try:
-                uri = embedded_image(read_image(one.path), width)
-            except DataError:
-                continue
-            made.append(Panel(uri, one.name, f"complexity {values[one.rank]:.4g}" if one.rank < len(values) else ""))
-        return [Panels(tuple(made), title=title, small=True)]
-
-    (row,) = fitted(panels, THUMBNAIL_BYTES, panels_bytes, widths=(320, 240, 160, 100))
-    return row if row.panels else None
-
-
-# The run ----------------------------------------------------------------------------------------------------------
-
-
 def recipe(run: Run) -> Section:
     """The resolved recipe."""
     return Section("Recipe", (Details("recipe.yaml, every value resolved", run.recipe_text.strip()),))
@@ -504,7 +205,7 @@ def circumstances(run: Run) -> Section:
     rows = [
         ("processor", f"{facts.get('processor', 'unknown')}, {facts.get('cores', '?')} cores"),
         ("accelerator", facts.get("accelerator", "unknown")),
-        ("precision", trainer.get("precision", "32-true")),
+        ("executed in", execution_text(trainer)),
         ("commit", facts.get("commit") or "unknown"),
         ("seed", run.seed),
         ("started", facts.get("started", "unknown")),
@@ -517,7 +218,29 @@ def circumstances(run: Run) -> Section:
         ),
     ]
     table = Table((), tuple((Cell(name), Cell(str(value))) for name, value in rows), figures=False)
-    return Section("Circumstances", (table,), "" if facts else "run.json is missing.")
+    tried = trials_table(facts)
+    return Section("Circumstances", (table, *((tried,) if tried else ())), "" if facts else "run.json is missing.")
+
+
+def execution_text(trainer: Mapping[str, Any]) -> str:
+    """Precision, memory layout and compilation, as the recipe has them.
+
+    >>> execution_text({"precision": "bf16-mixed", "channels_last": True})
+    'bf16-mixed, channels last'
+    """
+    layout = "" if "channels_last" not in trainer else f", channels {'last' if trainer['channels_last'] else 'first'}"
+    return f"{trainer.get('precision', '32-true')}{layout}{', compiled' if trainer.get('compile') else ''}"
+
+
+def trials_table(facts: Mapping[str, Any]) -> Table | None:
+    """The ways to execute a step that were measured before training, the fastest first; None when none was."""
+    trials = [trial for trial in facts.get("execution") or () if isinstance(trial, dict)]
+    if not trials:
+        return None
+    timed = [(number(trial.get("milliseconds")), execution_text(trial)) for trial in trials]
+    timed.sort(key=lambda pair: (pair[0] is None, pair[0]))
+    rows = [(Cell(how), Cell("not run" if took is None else figure_text(took))) for took, how in timed]
+    return Table(("a step executed in", "ms per image"), tuple(rows), title="Measured before training")
 
 
 def elapsed_seconds(facts: Mapping[str, Any]) -> float | None:
@@ -528,14 +251,3 @@ def elapsed_seconds(facts: Mapping[str, Any]) -> float | None:
     except (ValueError, TypeError):
         return None
     return ended.total_seconds()
-
-
-def size_text(size: Any) -> str:
-    """A size (H, W) in words.
-
-    >>> size_text([192, 256]), size_text(None)
-    ('192 × 256', 'unknown size')
-    """
-    if isinstance(size, list | tuple) and len(size) == 2:
-        return f"{size[0]} × {size[1]}"
-    return "unknown size"

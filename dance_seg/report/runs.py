@@ -1,7 +1,8 @@
 """Run folders, read: the one place that knows what lies in runs/NAME/ and what it means.
 
-recipe.yaml (the resolved recipe), run.json (circumstances), metrics.jsonl, cost.json, plan.json, pictures/. All but the
-recipe may still be missing. Figures keep the names under which they were logged, such as cost/train_gmacs.
+recipe.yaml (the resolved recipe), run.json (circumstances), metrics.jsonl, cost.json, plan.json, widths.json,
+image_losses.json, pictures/. All but the recipe may still be missing. Figures keep the names under which they were
+logged, such as cost/train_gmacs.
 """
 
 import json
@@ -78,6 +79,7 @@ class WholePlan:
     measure: str = ""
     complexity: tuple[float, ...] = ()
     weights: tuple[float, ...] = ()  # in the loss, (N,), at the end
+    names: tuple[str, ...] = ()  # of the images, (N,)
 
     @property
     def pixels(self) -> int:
@@ -120,6 +122,14 @@ class Widths:
 
 
 @dataclass(frozen=True)
+class ImageLosses:
+    """The mean loss of each training image that an epoch trained on."""
+
+    epoch: int  # epochs of training that were complete
+    by_name: Mapping[str, float]
+
+
+@dataclass(frozen=True)
 class Run:
     """What a run folder holds."""
 
@@ -130,16 +140,19 @@ class Run:
     rows: Sequence[Mapping[str, Any]] = ()  # of metrics.jsonl, superseded ones left out
     training: Mapping[str, Any] = field(default_factory=dict)  # the ledger's sums
     inference: Mapping[str, Any] = field(default_factory=dict)  # one forward pass
+    other_costs: Mapping[str, Any] = field(default_factory=dict)  # what else cost.json holds
     plan: WholePlan | None = None
     widths: Widths | None = None
     pictures: tuple[Picture, ...] = ()
     simplest: tuple[Thumbnail, ...] = ()
     most_complex: tuple[Thumbnail, ...] = ()
+    image_losses: ImageLosses | None = None
+    title: str = ""  # where the folder's name is not that of the run
 
     @property
     def name(self) -> str:
-        """The name of its folder."""
-        return self.folder.name or str(self.folder)
+        """The name of its folder, or its title."""
+        return self.title or self.folder.name or str(self.folder)
 
     @property
     def seed(self) -> Any:
@@ -287,6 +300,8 @@ def read_run(folder: str | Path) -> Run:
         pictures=_pictures(folder / "pictures"),
         simplest=simplest,
         most_complex=most_complex,
+        image_losses=_read_image_losses(folder / "image_losses.json"),
+        other_costs={key: value for key, value in costs.items() if key not in ("training", "inference")},
     )
 
 
@@ -365,6 +380,7 @@ def _read_plan(path: Path) -> WholePlan | None:
             measure=str(scored.get("measure", "")),
             complexity=tuple(float(value) for value in scored.get("values") or ()),
             weights=tuple(float(value) for value in record.get("weights") or ()),
+            names=tuple(str(name) for name in scored.get("names") or ()),
         )
     except (KeyError, TypeError, ValueError) as error:
         reason = f"{type(error).__name__}: {error}"
@@ -373,6 +389,18 @@ def _read_plan(path: Path) -> WholePlan | None:
     if not plan.scales or not plan.epochs or len(counts) > 1 or plan.dense_pixels <= 0:
         raise DataError(f"{path}: not a plan (scales and epochs do not fit); move it away to go on without it")
     return plan
+
+
+def _read_image_losses(path: Path) -> ImageLosses | None:
+    record = _read_json(path)
+    if not record:
+        return None
+    try:
+        pairs = zip(record["names"], record["losses"], strict=True)
+        return ImageLosses(int(record["epoch"]) + 1, {str(name): float(loss) for name, loss in pairs})
+    except (KeyError, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise DataError(f"{path}: no losses of images ({reason}); move it away to go on without it") from None
 
 
 def _read_widths(path: Path) -> Widths | None:

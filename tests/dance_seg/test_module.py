@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from dance_seg.module import WeightAverage, make_optimizer, predict_labels
+from dance_seg.module import WeightAverage, make_optimizer
 from dance_seg.options import Optimizer
 
 
@@ -54,19 +54,3 @@ def test_the_average_survives_being_saved_and_takes_the_models_statistics():
     assert other.steps == 1
     for mine, theirs in zip(other.model.parameters(), average.model.parameters(), strict=True):
         assert torch.equal(mine, theirs)
-
-
-def test_labels_are_predicted_at_the_labels_size_by_bilinear_logits():
-    torch.manual_seed(0)
-    model = nn.Conv2d(3, 5, 1)
-    images = torch.randn(2, 3, 20, 30)
-    for size in ((20, 30), (41, 63)):
-        logits = nn.functional.interpolate(model(images), size=size, mode="bilinear", align_corners=False)
-        assert torch.equal(predict_labels(model, images, size).long(), logits.argmax(1))
-
-
-def test_logits_that_are_not_finite_are_an_error_and_no_score():
-    model = nn.Conv2d(3, 5, 1)
-    nn.init.constant_(model.weight, float("nan"))
-    with pytest.raises(ValueError, match=r"finite|NaN"):
-        predict_labels(model, torch.randn(1, 3, 8, 8), (8, 8))

@@ -158,6 +158,7 @@ def train(folder: Path, mirror: GuardedWandbLogger | None) -> None:
         enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
     trainer.fit(Module(), DataLoader(torch.ones(5, 1)))
+    (folder / "cost.json").write_text(json.dumps({"inference": {"gmacs": 3.5}}))
     if mirror:
         show_pictures(mirror)
         mirror.finish()
@@ -216,7 +217,11 @@ def break_pictures(wandb: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(wandb, "Image", broken)
 
 
-@pytest.mark.parametrize("break_it", [break_init, break_log, break_finish, break_pictures])
+def break_summary(wandb: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wandb.sdk.wandb_summary.Summary, "update", broken)
+
+
+@pytest.mark.parametrize("break_it", [break_init, break_log, break_finish, break_pictures, break_summary])
 def test_a_failure_anywhere_warns_once_and_stops_nothing(
     break_it: Callable[[Any, pytest.MonkeyPatch], None], wandb: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -228,6 +233,93 @@ def test_a_failure_anywhere_warns_once_and_stops_nothing(
     assert len(ours) == 1
     assert "the run goes on without it" in ours[0]
     monkeypatch.undo()
+
+
+def test_what_could_not_be_said_at_the_end_does_not_keep_a_run_from_being_finished(
+    wandb: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    break_summary(wandb, monkeypatch)
+    monkeypatch.setattr(wandb.Run, "log_artifact", broken)
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "best.ckpt").write_bytes(b"weights")
+    finished, finish = [], wandb.Run.finish
+    monkeypatch.setattr(wandb.Run, "finish", lambda run: (finished.append(run.id), finish(run)))
+    with pytest.warns(UserWarning, match="the server is gone") as caught:
+        train(tmp_path, make_logger(tmp_path, artifacts=True))
+    ours = [str(warning.message) for warning in caught if "the server is gone" in str(warning.message)]
+    assert ["could not note what inference costs" in ours[0], "could not keep the checkpoints" in ours[1]] == [True] * 2
+    assert finished == ["run1"]
+
+
+def test_checkpoints_are_kept_only_when_asked_for(wandb: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = []
+
+    def keep(run: Any, artifact: Any, aliases: list[str]) -> None:
+        kept.append((artifact.name, artifact.type, sorted(artifact.manifest.entries), aliases))
+
+    monkeypatch.setattr(wandb.Run, "log_artifact", keep)
+    (tmp_path / "checkpoints").mkdir()
+    for name in ("best", "step-00000004", "step-00000008"):
+        (tmp_path / "checkpoints" / f"{name}.ckpt").write_bytes(name.encode())
+    for wanted in (False, True):
+        logger = make_logger(tmp_path, artifacts=wanted)
+        logger.log_metrics({"loss": 1.0}, 0)
+        logger.finish()
+        assert len(kept) == wanted
+    assert kept == [("model-run1", "model", ["best.ckpt", "last.ckpt"], ["latest", "best", "last"])]
+
+
+def test_a_run_that_kept_no_checkpoint_yet_has_no_model(wandb: Any, tmp_path: Path) -> None:
+    logger = make_logger(tmp_path, artifacts=True)
+    logger.log_metrics({"loss": 1.0}, 0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        logger.finish()
+
+
+@pytest.mark.parametrize(
+    ("name", "seed", "group", "expected"),
+    [
+        ("camvid_dance_seed2", 2, None, "camvid_dance"),
+        ("camvid_dance", 0, None, "camvid_dance"),
+        ("camvid_dance_seed2", 0, None, "camvid_dance_seed2"),  # not its own seed: a name that means something else
+        ("camvid_resnet18", 18, None, "camvid_resnet18"),
+        ("_1", 1, None, "_1"),
+        ("a_seed1", 1, "mine", "mine"),
+    ],
+)
+def test_the_seeds_of_a_recipe_are_one_group_unless_another_is_given(
+    name: str, seed: int, group: str | None, expected: str, tmp_path: Path
+) -> None:
+    assert make_logger(tmp_path, name=name, group=group, config={"seed": seed}).options["group"] == expected
+
+
+@pytest.mark.parametrize(
+    ("sections", "expected"),
+    [
+        ({}, ["dense"]),
+        ({"data_slimming": {}, "network_slimming": None}, ["data_slimming"]),
+        ({"network_slimming": {"keep": 0.5}}, ["network_slimming"]),
+        ({"data_slimming": {}, "network_slimming": {}}, ["data_slimming", "network_slimming", "dance"]),
+    ],
+)
+def test_a_run_is_tagged_by_method_data_and_model_and_what_the_user_adds(
+    sections: dict[str, Any], expected: list[str], tmp_path: Path
+) -> None:
+    model = {"name": "smp", "args": {"arch": "fpn", "encoder_name": "x" * 100, "encoder_weights": None}}
+    config = {"data": {"name": "camvid", "args": {}}, "model": model, **sections}
+    tags = make_logger(tmp_path, config=config, tags=["mine", "fpn"]).options["tags"]
+    assert tags == [*expected, "camvid", "smp", "fpn", "x" * 64, "mine"]
+
+
+def test_the_summary_holds_the_highest_miou_and_the_last_of_all_else(wandb: Any, tmp_path: Path) -> None:
+    logger = make_logger(tmp_path)
+    for step, miou in enumerate([40.0, 50.0, 45.0]):
+        logger.log_metrics({"val/miou": miou, "cost/train_gmacs": 10.0 * step}, step)
+    summary = logger.experiment.summary
+    assert dict(summary["val/miou"]) == {"max": 50.0, "last": 45.0}
+    assert summary["cost/train_gmacs"] == 20.0
+    logger.finish()
 
 
 def test_after_a_failure_the_experiment_takes_any_call(

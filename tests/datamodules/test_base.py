@@ -137,3 +137,17 @@ def test_a_users_dataset_with_the_wrong_form_is_refused():
         DatasetSource(Pairs(torch.full((3, 40, 50), 2.0), torch.zeros(40, 50)), "train").load(0)
     with pytest.raises(ValueError, match="not test"):
         DatasetDataModule(None, None, ["a"]).raw_source("test")
+
+
+def test_at_adaptive_resolution_each_image_is_as_large_as_its_complexity_calls_for(tmp_path):
+    slimming = DataSlimming(scales=(0.5, 1.0), quantiles=(0.5,), inference="adaptive")
+    data = shapes(tmp_path, num_val=12)
+    data.fit_to(stride=32, epochs=2, seed=0, data_slimming=slimming)
+    sizes = [tuple(batch.images.shape[-2:]) for batch in data.val_dataloader()]
+    labels = {tuple(batch.labels.shape[-2:]) for batch in data.val_dataloader()}
+    assert set(sizes) == {(32, 32), (64, 64)}
+    assert labels == {(64, 64)}
+    shares = data.inference_sizes("val")
+    assert shares == {size: sizes.count(size) / 12 for size in ((32, 32), (64, 64))}
+    # the training images themselves: half of them lie below the quantile 0.5
+    assert data.inference_sizes("train")[(32, 32)] == 0.5

@@ -42,6 +42,25 @@ def test_compare_prints_the_table_and_writes_it_three_times(runs, monkeypatch, c
     assert (runs / "compare" / "compare.html").read_text().startswith("<!doctype html>")
 
 
+def test_compare_reads_offline_runs_beside_run_folders(runs, tmp_path, monkeypatch, capsys):
+    from tests.dance_seg.report.test_offline_run import items, run_record, write_file
+
+    rows = [items(2, **{"trainer__global_step": e, "val__miou": 50.0 + e, "epoch": e}) for e in range(2)]
+    folder = tmp_path / "there" / "offline-run-20260101_000000-abc"
+    write_file(folder, run_record("abc"), items(5, name="far", trainer={"max_epochs": 2}), *rows)
+    status, out, err = call(monkeypatch, capsys, "compare", "runs/dense", folder)
+    assert (status, err) == (0, "")
+    assert "far (unfinished: epoch 2 of 2)" in out or "51.00" in out
+    assert "51.00" in out
+
+
+def test_compare_refuses_a_tracking_file_that_it_cannot_read(runs, tmp_path, monkeypatch, capsys):
+    (tmp_path / "run-abc.wandb").write_bytes(b"another format")
+    status, _, err = call(monkeypatch, capsys, "compare", "runs/dense", "run-abc.wandb")
+    assert status == 2
+    assert "run-abc.wandb: no .wandb file of the known format" in err
+
+
 def test_compare_writes_where_it_is_told(runs, tmp_path, monkeypatch, capsys):
     arguments = ("--baseline", "runs/slimmed", "--out", "a", "--json", "b/c.json", "--markdown", "d/e.md")
     status, _, _ = call(monkeypatch, capsys, "compare", "runs/dense", "runs/slimmed", *arguments)

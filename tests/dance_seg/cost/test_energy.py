@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from dance_seg.cost import energy
-from dance_seg.cost.energy import EnergyMeter
+from dance_seg.cost.energy import EnergyMeter, estimate_from_watts, estimate_joules
 
 
 class Clock:
@@ -173,3 +173,25 @@ def test_without_the_library_it_says_what_to_install(powercap, monkeypatch, cloc
 def test_an_error_inside_is_passed_on(powercap, clock):
     with pytest.raises(KeyError), EnergyMeter():
         raise KeyError
+
+
+def test_an_estimate_is_the_sum_of_arithmetic_and_memory_and_says_what_it_is():
+    """1000 MACs at 3.7 + 0.9 pJ, or 1.1 + 0.4 pJ in half precision, and 100 bytes at 640 pJ for four."""
+    found = estimate_joules(1000, 100)
+    assert found.joules == pytest.approx((1000 * 4.6 + 25 * 640) * 1e-12)
+    assert found.is_estimate
+    for said in ("45 nm", "4.6 pJ", "float32", "Horowitz 2014", "160 pJ per byte", "Han 2015"):
+        assert said in found.model
+    assert estimate_joules(1000, 0, "float16").joules == pytest.approx(1000 * 1.5e-12)
+    assert estimate_from_watts(0.5, 30).joules == 15
+    assert "30 W as stated" in estimate_from_watts(0.5, 30).model
+
+
+def test_an_estimate_that_makes_no_sense_is_refused():
+    with pytest.raises(ValueError, match="dtype is 'int8'"):
+        estimate_joules(1, 1, "int8")
+    with pytest.raises(ValueError, match="neither is negative"):
+        estimate_joules(-1, 1)
+    for watts in (0.0, -5.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="above 0"):
+            estimate_from_watts(1.0, watts)

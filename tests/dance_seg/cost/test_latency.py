@@ -5,7 +5,8 @@ import torch
 from torch import Tensor, nn
 
 from dance_seg.cost import latency
-from dance_seg.cost.latency import Latency, evaluating, measure, measure_latency
+from dance_seg.cost.latency import Latency, evaluating, measure, measure_latency, measure_onnx_latency
+from dance_seg.errors import DataError
 
 
 class Recorder(nn.Module):
@@ -80,6 +81,88 @@ def test_choices_that_do_not_exist_are_errors():
         measure_latency(Recorder(), (4, 4), batch=0)
     with pytest.raises(ValueError, match="runs is 0"):
         measure(lambda: None, runs=0)
+    with pytest.raises(ValueError, match=r"input_size is \(0, 4\)"):
+        measure_latency(Recorder(), (0, 4))
+    for seconds in (float("nan"), float("inf"), -1.0):
+        with pytest.raises(ValueError, match="time_limit_s is"):
+            measure(lambda: None, time_limit_s=seconds)
+
+
+def test_a_warm_up_that_takes_too_long_ends_after_its_second_call(monkeypatch):
+    clock, calls = iter(range(10_000)), []
+    monkeypatch.setattr(latency.time, "perf_counter", lambda: float(next(clock)))
+    measure(lambda: calls.append(1), warm_up=50, runs=1, time_limit_s=0)
+    assert len(calls) == 2 + 1
+
+
+def test_a_meter_is_open_during_the_runs_that_count_and_no_others():
+    events: list[str] = []
+
+    class Meter:
+        def __enter__(self):
+            events.append("open")
+
+        def __exit__(self, *error):
+            events.append("shut")
+
+    measure(lambda: events.append("run"), warm_up=2, runs=3, meter=Meter())
+    assert events == ["run", "run", "open", "run", "run", "run", "shut"]
+
+
+def test_the_record_says_how_the_weights_lie_and_what_else_the_machine_did(monkeypatch):
+    monkeypatch.setattr(latency, "load_average", lambda: 3.5)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3))
+    assert not measure_latency(model, (4, 4), warm_up=0, runs=1).channels_last
+    found = measure_latency(model.to(memory_format=torch.channels_last), (4, 4), warm_up=0, runs=1)
+    assert (found.channels_last, found.load_average, found.runtime) == (True, 3.5, "torch")
+
+
+def test_images_are_noise_and_leave_torchs_random_state_as_it_is():
+    layer = nn.Conv2d(3, 1, 1)
+    before = torch.get_rng_state()
+    images = latency.images_for(layer, (50, 50), batch=2)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert images.shape == (2, 3, 50, 50)
+    assert 0.9 < images.std() < 1.1
+
+
+def write_onnx(path, shape):
+    """An ONNX file of one ReLU over inputs of a shape."""
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    value = onnx.helper.make_tensor_value_info
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("Relu", ["images"], ["logits"])], "network",
+        [value("images", onnx.TensorProto.FLOAT, shape)], [value("logits", onnx.TensorProto.FLOAT, shape)],
+    )  # fmt: skip
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8)
+    onnx.save(model, path)
+    return path
+
+
+def test_an_onnx_file_is_measured_by_onnxruntime(tmp_path):
+    found = measure_onnx_latency(write_onnx(tmp_path / "a.onnx", ["n", 3, "h", "w"]), (8, 12), batch=2, runs=3)
+    assert (found.batch, found.input_size, found.runs, found.device, found.dtype) == (2, (8, 12), 3, "cpu", "float32")
+    assert found.runtime.startswith("onnxruntime ")
+    fixed = write_onnx(tmp_path / "b.onnx", [1, 3, 8, 12])
+    assert measure_onnx_latency(fixed, runs=3).input_size == (8, 12)
+
+
+def test_an_onnx_file_that_cannot_be_measured_is_named(tmp_path):
+    anything, fixed = (tmp_path / name for name in ("a.onnx", "b.onnx"))
+    write_onnx(anything, ["n", 3, "h", "w"]), write_onnx(fixed, [1, 3, 8, 12])
+    with pytest.raises(ValueError, match=r"a\.onnx takes images of any size; .*--size"):
+        measure_onnx_latency(anything)
+    with pytest.raises(ValueError, match=r"b\.onnx takes a batch of 1 alone, not 2"):
+        measure_onnx_latency(fixed, batch=2)
+    with pytest.raises(ValueError, match=r"b\.onnx takes a height of 8 alone, not 9"):
+        measure_onnx_latency(fixed, (9, 12))
+    with pytest.raises(DataError, match=r"c\.onnx: takes images .* one input of images"):
+        measure_onnx_latency(write_onnx(tmp_path / "c.onnx", [3, 8]))
+    broken = tmp_path / "d.onnx"
+    broken.write_bytes(b"no network")
+    with pytest.raises(DataError, match=r"d\.onnx: onnxruntime cannot load it"):
+        measure_onnx_latency(broken)
 
 
 @pytest.mark.gpu

@@ -9,9 +9,27 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from dance_seg.cost.macs import count_macs, count_training_macs
+from dance_seg.cost.macs import EVERYTHING_ELSE, OperationCounter, count_macs, count_training_macs
 
 MODELS = {"unet": "resnet18", "fpn": "resnet18", "deeplabv3plus": "resnet18", "segformer": "mit_b0"}
+
+# Every architecture once, and encoders whose convolutions are grouped or that attend.
+# Those that bring no kind of operation of their own only in the long run.
+FAMILIES = [
+    *((arch, "resnet18") for arch in ("manet", "pspnet", "pan", "deeplabv3")),
+    ("dpt", "tu-vit_tiny_patch16_224"),
+    ("fpn", "mobilenet_v2"),
+    *(
+        pytest.param(*family, marks=pytest.mark.slow)
+        for family in (
+            ("unetplusplus", "resnet18"),
+            ("linknet", "resnet18"),
+            ("upernet", "resnet18"),
+            ("fpn", "tu-convnext_atto"),
+        )
+    ),
+]
+GROUPED = {"mobilenet_v2", "tu-convnext_atto"}  # torch's counter overstates these backward
 
 
 def smp_model(name: str) -> nn.Module:
@@ -47,6 +65,16 @@ class Calls(nn.Module):
         # rows of each channel with one another: (10, 20) x (20, 10), three times
         (Calls(lambda x: x @ x.transpose(-1, -2)), 3 * 10 * 20 * 10, 3 * 10 * 10),
         (Calls(lambda x: torch.einsum("nchw,nkhw->nck", x, x)), 3 * 3 * 200, 9),
+        # each of 4 x 10 x 20 inputs is spread over 2x2 places in the 3 outputs of its half of the channels
+        (
+            nn.Sequential(nn.Conv2d(3, 4, 1), nn.ConvTranspose2d(4, 6, 2, stride=2, groups=2)),
+            3 * 4 * 200 + 4 * 200 * 4 * 3,
+            4 * 200 + 6 * 800,
+        ),
+        # 1-d along rows, kernel 3, 10 inputs, 4 outputs
+        (nn.Sequential(Calls(lambda x: x[:, 0]), nn.Conv1d(10, 4, 3, padding=1)), 3 * 10 * 4 * 20, 4 * 20),
+        # 3-d, kernel 3x3x3, 1 input, 2 outputs
+        (nn.Sequential(Calls(lambda x: x[:, None]), nn.Conv3d(1, 2, 3, padding=1)), 27 * 2 * 600, 2 * 600),
         # 3 heads, 10 queries, 10 keys of length 20, 10 values of length 20
         (Calls(lambda x: F.scaled_dot_product_attention(x, x, x)), 3 * 10 * 10 * (20 + 20), None),
     ],
@@ -148,6 +176,86 @@ def test_a_grouped_convolutions_gradients_cost_as_much_as_its_forward_each():
     with counter:
         loss.backward()
     assert counter.get_total_flops() > 2 * cost.backward_macs
+
+
+@pytest.mark.parametrize(("arch", "encoder"), FAMILIES)
+def test_each_family_equals_torchs_counter(arch, encoder):
+    """Both look at the same network, ours apart from the weights of interpolation, which torch does not count."""
+    model = smp.create_model(arch, encoder_name=encoder, encoder_weights=None, classes=5).to("meta")
+    size = {"dpt": (224, 224), "pan": (128, 128)}.get(arch, (64, 96))
+    cost, training = count_macs(model, size), count_training_macs(model, size)
+    interpolation = cost.by_operation.get("interpolation", 0)
+    assert (cost.uncounted, training.uncounted) == ((), ())
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.eval()(torch.empty(1, 3, *size, device="meta"))
+    assert 2 * (cost.macs - interpolation) == counter.get_total_flops()
+    with FlopCounterMode(display=False) as counter:
+        loss = model.train()(torch.empty(2, 3, *size, device="meta")).sum()
+    assert 4 * (training.forward_macs - interpolation) == counter.get_total_flops()
+    with FlopCounterMode(display=False) as counter:
+        loss.backward()
+    if encoder in GROUPED:
+        assert 4 * training.backward_macs < counter.get_total_flops()
+    else:
+        assert 4 * (training.backward_macs - interpolation) == counter.get_total_flops()
+
+
+def test_a_transposed_convolutions_gradients_cost_as_much_as_its_forward_each():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ConvTranspose2d(4, 5, 2, stride=2))
+    first, transposed = 3 * 4 * 64, 4 * 64 * 4 * 5
+    cost = count_training_macs(model, (8, 8))
+    assert (cost.forward_macs, cost.backward_macs) == (first + transposed, first + 2 * transposed)
+
+
+def test_kernels_that_a_network_makes_for_itself_are_counted():
+    """4 kernels of 3 -> 6, 3x3, mixed anew for each image by 4 numbers that a linear layer takes from its mean."""
+
+    class Synthesised(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.route, self.kernels = nn.Linear(3, 4), nn.Parameter(torch.zeros(4, 6 * 3 * 9))
+
+        def forward(self, images: Tensor) -> Tensor:
+            mixed = self.route(images.mean((2, 3))).softmax(1) @ self.kernels
+            kernels = mixed.reshape(-1, 3, 3, 3)  # one group for each image of the batch
+            return F.conv2d(images.flatten(0, 1)[None], kernels, padding=1, groups=len(images))
+
+    routing, mixing, convolving = 3 * 4, 4 * 6 * 27, 6 * 27 * 8 * 8
+    cost = count_macs(Synthesised(), (8, 8), batch=2)
+    assert cost.macs == routing + mixing + convolving
+    assert cost.by_operation == {"convolution": convolving, "matrix product": routing + mixing}
+    assert cost.uncounted == ()
+    # Mixing has two factors that are learnt, routing one, and the image of the convolution takes no gradient.
+    assert count_training_macs(Synthesised(), (8, 8)).backward_macs == routing + 2 * mixing + convolving
+
+
+def test_torchs_own_attention_layer_equals_torchs_counter_and_is_counted_whole():
+    """4 projections of 20 x 20 for 30 tokens, and two products of 30 x 30 x 20."""
+
+    class Attending(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.MultiheadAttention(20, 4, batch_first=True)
+
+        def forward(self, images: Tensor) -> Tensor:
+            tokens = images.flatten(1, 2)  # (N, 3 x 10, 20)
+            return self.layer(tokens, tokens, tokens, need_weights=False)[0]
+
+    for cost in (count_macs(Attending(), (10, 20)), count_training_macs(Attending(), (10, 20))):
+        assert getattr(cost, "forward_macs", getattr(cost, "macs", 0)) == 4 * 30 * 20 * 20 + 2 * 30 * 30 * 20
+        assert cost.uncounted == ()
+
+
+def test_the_bytes_of_an_operation_are_those_of_its_tensors():
+    """Images, weights, biases and results of two float32 convolutions; ReLU reads and writes; a view moves nothing."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 4, 1), nn.Flatten()).eval()
+    counter = OperationCounter()
+    with torch.no_grad():
+        images = torch.zeros(2, 3, 10, 20)
+        with counter:
+            model(images)
+    elements = (2 * 3 * 200 + 3 * 8 + 8 + 2 * 8 * 200) + (2 * 8 * 200 + 8 * 4 + 4 + 2 * 4 * 200)
+    assert counter.bytes["forward"] == {"convolution": 4 * elements, EVERYTHING_ELSE: 4 * 2 * (2 * 8 * 200)}
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -1,5 +1,6 @@
 """Charts put values where they belong, escape text and bear any figures."""
 
+import itertools
 import xml.etree.ElementTree as xml
 
 import numpy as np
@@ -16,6 +17,7 @@ from dance_seg.report.charts import (
     Line,
     Mark,
     Span,
+    cloud,
     histogram,
     line_chart,
     scatter,
@@ -81,6 +83,7 @@ def test_nothing_to_draw_is_empty_markup():
     assert stacked_chart([], **LABELS) == ""
     assert histogram([], title="t", x_label="x") == ""
     assert scatter([], **LABELS) == ""
+    assert cloud([], [], **LABELS) == ""
 
 
 def test_every_text_is_escaped():
@@ -130,3 +133,60 @@ def test_a_scatter_begins_at_cost_zero_and_shows_at_least_two_points():
 def test_ticks_are_round_and_inside():
     assert ticks(0.3, 0.71, 4) == [0.3, 0.4, 0.5, 0.6, 0.7]
     assert ticks(0, 200, 6) == [0, 50, 100, 150, 200]
+
+
+def test_the_front_is_drawn_as_stairs_and_what_is_dominated_is_hollow():
+    marks = [Mark(10, 50.0, "a"), Mark(20, 60.0, "b"), Mark(30, 55.0, "c", hollow=True)]
+    drawing = scatter(marks, **LABELS, front=[(10, 50.0), (20, 60.0)])
+    (stairs,) = parts(drawing, "polyline", "front")
+    a, b, _ = ((float(c.get("cx")), float(c.get("cy"))) for c in parts(drawing, "circle"))
+    start, first, below_second, second, end = coordinates(stairs)
+    assert (start[0], first, second) == (a[0], a, b)
+    assert below_second == (b[0], a[1])  # along the cost first, then up to the better score
+    assert end[1] == b[1]
+    assert end[0] == WIDTH - RIGHT
+    assert len(parts(drawing, "circle", "hollow")) == 1
+
+
+def test_the_spread_of_a_mark_is_a_whisker_as_long_on_both_sides():
+    drawing = scatter([Mark(10, 50.0, "a", spread=2.0), Mark(20, 60.0, "b")], **LABELS)
+    (whisker,) = parts(drawing, "line", "whisker")
+    (circle, _) = parts(drawing, "circle")
+    above = float(circle.get("cy")) - float(whisker.get("y1"))
+    assert above == pytest.approx(float(whisker.get("y2")) - float(circle.get("cy")), abs=0.2)
+    assert above > 5
+
+
+def test_names_of_marks_do_not_lie_on_one_another():
+    marks = [Mark(100 + i, 60 + 0.05 * i, f"a row with a name {i}") for i in range(4)]
+    texts = parts(scatter(marks, **LABELS), "text", "value")
+    heights = sorted(float(text.get("y")) for text in texts)
+    assert len(heights) >= 2
+    assert min(b - a for a, b in itertools.pairwise(heights)) >= 13
+
+
+def test_a_cloud_holds_every_point_and_the_mean_of_equally_many():
+    x = np.arange(60.0)
+    drawing = cloud(x, np.where(x < 30, 1.0, 3.0), **LABELS, bins=2)
+    dots = parts(drawing, "circle", "dot")
+    assert len(dots) == 60
+    (mean,) = parts(drawing, "polyline")
+    (_, low), (_, high) = coordinates(mean)
+    levels = {float(dot.get("cy")) for dot in dots}
+    assert {low, high} == levels
+
+
+def test_a_cloud_of_very_many_points_stays_small():
+    random = np.random.default_rng(0)
+    drawing = cloud(random.random(100_000), random.random(100_000), **LABELS)
+    assert len(parts(drawing, "circle", "dot")) <= 1500
+    assert len(drawing) < 200_000
+
+
+def test_an_outlier_does_not_press_a_cloud_to_the_floor():
+    y = np.ones(1000)
+    y[0] = 1e6
+    drawing = cloud(np.arange(1000.0), y, **LABELS)
+    heights = sorted({float(dot.get("cy")) for dot in parts(drawing, "circle", "dot")})
+    assert heights[0] == TOP  # the outlier, at the edge
+    assert heights[-1] < (TOP + BASE) / 2

@@ -5,6 +5,7 @@ import math
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from dance_seg.metrics_file import MetricsFile
@@ -12,6 +13,7 @@ from dance_seg.report.comparison import Comparison, Row, compare_runs, row_name
 from dance_seg.report.comparison_page import comparison_page
 from dance_seg.report.page import Chart, Panels, render
 from dance_seg.report.runs import read_run
+from tests.browser import screenshot
 from tests.run_folders import write_run
 
 
@@ -40,6 +42,7 @@ def test_scores_are_compared_by_difference_and_costs_by_ratio(tmp_path):
         "values": [144],
         "ratio": None,
         "difference": 144,
+        "interval": None,
     }
     assert slimmed["inference/gmacs"]["ratio"] == 1.0
     assert "inference/latency_p50_ms" not in slimmed
@@ -259,6 +262,155 @@ def test_a_row_without_a_figure_shows_a_dash(tmp_path):
     render(comparison_page(comparison))
 
 
+# Intervals and Pareto fronts ------------------------------------------------------------------------------------------
+
+
+def seeds(tmp_path, name: str, mious: list[float], **changes) -> list[Path]:
+    """Runs of one recipe with these mIoUs, one for each seed."""
+    return [
+        write_run(tmp_path / f"{name}_seed{seed}", seed=seed, miou=miou, pictures=False, **changes)
+        for seed, miou in enumerate(mious)
+    ]
+
+
+def test_a_difference_has_an_interval_from_the_pairs_of_one_seed(tmp_path):
+    folders = seeds(tmp_path, "a", [60.0, 62.0, 64.0]) + seeds(tmp_path, "b", [61.0, 63.5, 64.5], optimizer__lr=0.1)
+    found = figures(compare_runs(folders), 1)["val/miou_best"]["interval"]
+    # Differences 1, 1.5, 0.5: mean 1, standard deviation 0.5, and t with two degrees of freedom is 4.303.
+    half = 4.303 * 0.5 / math.sqrt(3)
+    assert found == {"low": pytest.approx(1 - half), "high": pytest.approx(1 + half), "pairs": 3}
+    assert "+1.00 [−0.24, +2.24]" in compare_runs(folders).as_text()
+    assert "(+1.00 [−0.24, +2.24])" in compare_runs(folders).as_markdown()
+
+
+def test_a_ratio_of_measured_seconds_has_an_interval_and_a_counted_one_shows_none(tmp_path):
+    folders = seeds(tmp_path, "a", [60.0, 61.0], seconds_per_epoch=10, gmacs_per_epoch=100)
+    folders += [
+        write_run(tmp_path / f"b_seed{s}", seed=s, pictures=False, optimizer__lr=0.1, gmacs_per_epoch=50,
+                  seconds_per_epoch=(5, 6)[s]) for s in range(2)
+    ]  # fmt: skip
+    comparison = compare_runs(folders)
+    seconds = figures(comparison, 1)["cost/train_seconds"]["interval"]
+    assert seconds["pairs"] == 2
+    # Ratios 0.5 and 0.6: the geometric mean lies in the middle of the interval's logarithms.
+    assert math.sqrt(seconds["low"] * seconds["high"]) == pytest.approx(math.sqrt(0.5 * 0.6))
+    gmacs = figures(comparison, 1)["cost/train_gmacs"]["interval"]
+    assert (gmacs["low"], gmacs["high"]) == pytest.approx((0.5, 0.5))
+    assert comparison.cell(comparison.rows[1], comparison.columns[3]) == ("600", "0.50x")
+    assert any(note.startswith("Brackets: 95 % intervals of Student's t") for note in comparison.all_notes())
+
+
+@pytest.mark.parametrize("other", [[61.0], [61.0, 62.0, 63.0]])
+def test_rows_of_other_seeds_have_no_interval(tmp_path, other):
+    folders = seeds(tmp_path, "a", [60.0, 61.0]) + seeds(tmp_path, "b", other, optimizer__lr=0.1)
+    comparison = compare_runs(folders)
+    assert figures(comparison, 1)["val/miou_best"]["interval"] is None
+    assert not any("Student" in note for note in comparison.all_notes())
+
+
+def test_one_run_in_a_row_never_has_an_interval(tmp_path):
+    comparison = compare_runs(pair(tmp_path))
+    assert not [figure for figure in figures(comparison, 1).values() if figure["interval"]]
+    assert "[" not in comparison.as_text()
+
+
+def test_a_seed_that_is_there_twice_pairs_with_nothing(tmp_path):
+    folders = [
+        write_run(tmp_path / f"{name}_{number}", seed=seed, pictures=False, optimizer__lr=lr)
+        for name, lr in (("a", 0.1), ("b", 0.2))
+        for number, seed in enumerate((0, 0, 1))
+    ]
+    assert figures(compare_runs(folders), 1)["val/miou_best"]["interval"] is None
+
+
+def four_rows(tmp_path) -> Comparison:
+    """Dense, cheap and worse, dearer than cheap and worse than both, and unfinished."""
+    rows = {"dense": (60.0, 100), "cheap": (58.0, 40), "bad": (57.0, 70)}
+    folders = [
+        write_run(tmp_path / name, miou=miou, gmacs_per_epoch=gmacs, optimizer__lr=i, pictures=False)
+        for i, (name, (miou, gmacs)) in enumerate(rows.items())
+    ]
+    half = {"epochs_done": 6, "optimizer__lr": 9, "trainer__choose_from": 0.0, "miou": 70.0, "gmacs_per_epoch": 10}
+    return compare_runs([*folders, write_run(tmp_path / "half", **half, pictures=False)])
+
+
+def test_the_pareto_front_is_told_and_who_is_dominated_by_whom(tmp_path):
+    comparison = four_rows(tmp_path)
+    fronts = comparison.as_record()["fronts"]
+    assert list(fronts) == ["cost/train_gmacs"]  # the seconds and the inference of all are the same
+    assert fronts["cost/train_gmacs"] == {
+        "score": "val/miou_best",
+        "front": ["cheap", "dense"],
+        "dominated_by": {"dense": [], "cheap": [], "bad": ["cheap"]},
+    }
+    said = "mIoU best against training GMACs: cheap, dense; dominated: bad (by cheap)"
+    assert f"* {said}\n" in comparison.as_text()
+    assert f"- {said}\n" in comparison.as_markdown()
+
+
+def test_the_front_is_drawn_and_what_it_dominates_is_hollow(tmp_path):
+    chart = next(b for b in sections(four_rows(tmp_path))["Score against cost"].blocks if isinstance(b, Chart))
+    assert chart.svg.count('class="front"') == 1
+    assert chart.svg.count('class="hollow') == 1
+    assert chart.note == "Dominated: bad (by cheap)."
+
+
+def test_scores_on_different_data_have_no_front(tmp_path):
+    folders = [write_run(tmp_path / "a"), write_run(tmp_path / "b", data__name="camvid", gmacs_per_epoch=10)]
+    assert compare_runs(folders).fronts() == []
+
+
+def test_a_clock_on_other_hardware_is_on_no_front(tmp_path):
+    folders = [write_run(tmp_path / "a", pictures=False)]
+    folders += [
+        write_run(
+            tmp_path / name, seconds_per_epoch=seconds, optimizer__lr=seconds, pictures=False, circumstances=facts
+        )
+        for name, seconds, facts in (("b", 5, {}), ("c", 1, {"accelerator": "A GPU"}))
+    ]
+    (front,) = compare_runs(folders).fronts()
+    assert (front.cost.key, set(front.points)) == ("cost/train_seconds", {"a", "b"})
+
+
+@pytest.mark.parametrize(
+    ("change", "respect", "said"),
+    [
+        ({"trainer__precision": "bf16-mixed"}, "precision", "different precision"),
+        ({"trainer__channels_last": True}, "memory layout", "with and without trainer.channels_last"),
+        ({"trainer__compile": True}, "compilation", "with and without trainer.compile"),
+        ({"data__args__batch_size": 16}, "batch size", "different numbers of images for a step: a: 8; b: 16"),
+        ({"trainer__accumulate": 2}, "batch size", "different numbers of images for a step: a: 8; b: 16"),
+        ({"circumstances": {"commit": "abc"}}, "commit", "different commits"),
+        ({"trainer__threads": 2}, "hardware", "different hardware"),
+        ({"circumstances": {"accelerator": "A GPU"}, "optimizer__lr": 1}, "hardware", "different hardware"),
+    ],
+)
+def test_rows_that_ran_differently_are_warned_of_first(tmp_path, change, respect, said):
+    base = {"trainer__channels_last": False, "trainer__compile": False}
+    folders = [write_run(tmp_path / "a", **base), write_run(tmp_path / "b", **{**base, "optimizer__lr": 5, **change})]
+    comparison = compare_runs(folders)
+    assert comparison.ran_differently == (respect,)
+    assert comparison.as_record()["ran_differently"] == [respect]
+    first, *others = comparison.all_notes()
+    assert first == f"WARNING: rows ran differently ({respect}); part of a ratio may come from that."
+    assert any(said in note for note in others)
+    assert f"The rows ran differently ({respect})" in comparison_page(comparison).warning
+
+
+def test_what_the_cost_tool_measured_of_a_batch_has_its_columns(tmp_path):
+    one = {"batch": 1, "images_per_second": 20.0, "peak_memory": {"total_bytes": 200_000_000}}
+    many = {"batch": 8, "images_per_second": 40.0}
+    half = {**one, "images_per_second": 40.0, "peak_memory": {"total_bytes": 50_000_000}}
+    folders = [
+        write_run(tmp_path / "a", inference={"batches": [one, many]}, pictures=False),
+        write_run(tmp_path / "b", inference={"batches": [half]}, optimizer__lr=1, pictures=False),
+    ]
+    comparison = compare_runs(folders)
+    assert figures(comparison, 1)["inference/images_per_second"]["ratio"] == 2.0
+    assert figures(comparison, 1)["inference/peak_memory_bytes"]["ratio"] == 0.25
+    assert "200 MB" in comparison.as_text()
+
+
 # The page -----------------------------------------------------------------------------------------------------------
 
 
@@ -347,3 +499,11 @@ def test_the_spread_of_one_run_is_unknown_not_zero(tmp_path):
     row = Row("a", (read_run(write_run(tmp_path / "a")),))
     assert row.figures["val/miou_best"].std is None
     assert math.isclose(row.figures["val/miou_best"].mean, 60.0)
+
+
+def test_the_page_is_dark_in_a_browser_that_asks_for_it(tmp_path):
+    page = tmp_path / "compare.html"
+    page.write_text(render(comparison_page(compare_runs(pair(tmp_path)))))
+    shown = screenshot(page, tmp_path, dark=True)
+    assert len(np.unique(shown)) > 50
+    assert np.median(shown) < 60

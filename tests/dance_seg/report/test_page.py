@@ -64,7 +64,7 @@ def everything(text: str) -> Page:
     blocks = (
         Chart(text, line_chart([Line([0, 1], [0, 1], text)], title=text, x_label=text, y_label=text), text, (key,)),
         Bars((Bar(text, 0.5, text),), text, text, columns=True),
-        Table((text, text), ((Cell(text, text, "series-1"), Cell(text)),), text, text, groups=((text, 2),)),
+        Table((text, text), ((Cell(text, text, "series-1"), Cell(text)),), text, text, wide=True),
         Panels((Panel(URI, text, text),), text, text, columns=1),
         Legend((key,)),
         Details(text, text),
