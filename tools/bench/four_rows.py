@@ -1,6 +1,7 @@
 """The four rows of the argument on CamVid, dense, data, network, both: python -m tools.bench.four_rows --root DIR.
 
-Also the control whose complexity is random, and dense training of as many seconds as both halves take. Every run is a
+Also the control whose complexity is random, dense training of as many seconds as both halves take, and the networks of
+both halves at adaptive resolution. Every run is a
 process of its own, started as a user would start it; a finished one is kept under the hash of its recipe and of the
 code, so the command goes on where it was stopped, and measures anew what has changed. The score is that of the last
 epoch: the best of several would be chosen on what is reported. Training seconds hold scoring, cuts and re-estimated
@@ -16,7 +17,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from tools.cli import parser, run
 
 ROWS = ("dense", "data_slimming", "network_slimming", "dance")
 RANDOM, SHORT = "dance_random", "dense_equal_seconds"
+ADAPTIVE = "dance_adaptive"  # the networks of dance, shown simple images smaller
 # What fits two cores: the size, and the precision that is fast there; with 40 points dense training is a fair network.
 SMALL = (
     "data.args.resolution=0.5334",
@@ -72,6 +74,7 @@ def main() -> int:
         shorter = [*common, f"trainer.max_epochs={epochs}", f"trainer.validate_every={max(1, epochs // 10)}"]
         table.setdefault(SHORT, []).append(trained(SHORT, "recipes/camvid_dense.yaml", seed, shorter, arguments.runs))
     milliseconds = inference_milliseconds({row: found[0].folder for row, found in table.items()})
+    table[ADAPTIVE], milliseconds[ADAPTIVE] = at_adaptive_resolution(table["dance"])
     report(table, milliseconds, len(arguments.seeds))
     return 0
 
@@ -144,6 +147,40 @@ def inference_milliseconds(folders: dict[str, Path], rounds: int = 30) -> dict[s
     return {row: [1000 * second for second in seconds] for row, seconds in times.items()}
 
 
+def at_adaptive_resolution(rows: Sequence[Row], rounds: int = 30) -> tuple[list[Row], list[float]]:
+    """The same networks with each image as large as its complexity calls for: their scores, and milliseconds."""
+    import torch
+
+    from dance_seg.build import load_run
+    from dance_seg.cost.macs import count_macs
+    from dance_seg.inference import evaluate
+    from dance_seg.recipe import adaptive_of, recipe_from_record, recipe_record
+    from datamodules import build_datamodule
+
+    found, milliseconds = [], list[float]()
+    for row in rows:
+        model, record, _ = load_run(row.folder, "last")
+        recipe = recipe_from_record(record["recipe"], ["data_slimming.inference=adaptive"])
+        data = build_datamodule(recipe)
+        data.adaptive = adaptive_of({**record, "recipe": recipe_record(recipe)})
+        sizes = data.inference_sizes(data.validate_on)
+        scored = evaluate(model, data, data.validate_on)
+        gmacs = sum(share * count_macs(model, size).macs for size, share in sizes.items()) / 1e9
+        found.append(replace(row, miou=scored.miou, flattened=float("nan"), inference_gmacs=gmacs))
+        if not milliseconds:
+            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            images = {size: torch.rand(1, 3, *size).to(memory_format=torch.channels_last) for size in sizes}
+            with torch.inference_mode():
+                times = interleave(
+                    {str(size): partial(model, image) for size, image in images.items()}, rounds, warm_up=5
+                )
+            milliseconds = [
+                1000 * sum(share * times[str(size)][number] for size, share in sizes.items())
+                for number in range(rounds)
+            ]
+    return found, milliseconds
+
+
 def report(table: dict[str, list[Row]], milliseconds: dict[str, list[float]], seeds: int) -> None:
     """Print the table and write the figures that the targets are about."""
     dense, both = table["dense"], table["dance"]
@@ -162,6 +199,10 @@ def report(table: dict[str, list[Row]], milliseconds: dict[str, list[float]], se
         "miou_both_minus_dense": differences(both, dense),
         "miou_both_minus_dense_at_equal_seconds": differences(both, table[SHORT]),
         "miou_both_minus_random": differences(both, table[RANDOM]),
+        "inference_ms_adaptive_over_dense": spread(
+            [a / d for a, d in zip(milliseconds[ADAPTIVE], milliseconds["dense"], strict=True)]
+        ),
+        "miou_adaptive_minus_dense": differences(table[ADAPTIVE], dense),
         "miou_spread": spread(spreads),
     }
     lines = {}
