@@ -104,13 +104,14 @@ def test_no_figure_is_given_where_there_was_no_time():
 def test_choosing_leaves_the_model_and_the_random_numbers_as_they_were():
     model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Dropout(0.5))
     before, numbers = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    deterministic = torch.are_deterministic_algorithms_enabled()  # a Trainer of another test may have set it
     recipe = tiny("trainer.execution=auto", "trainer.precision=32-true")
     chosen, trials = choose(recipe, model, [Work((16, 16), 4, 1.0)], 4, steps=10, seconds=3)
     assert torch.equal(torch.get_rng_state(), numbers)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert chosen in [trial.execution for trial in trials]
     assert not chosen.compile
-    assert not torch.are_deterministic_algorithms_enabled()
+    assert torch.are_deterministic_algorithms_enabled() == deterministic
 
 
 def test_where_nothing_could_be_measured_the_recipe_is_kept(monkeypatch):
