@@ -1,4 +1,5 @@
-"""BatchNorm statistics re-estimated on given images: after a cut, for a subnet, before choosing a checkpoint.
+"""BatchNorm statistics re-estimated on given images: after a cut, for a subnet, before choosing a checkpoint. And what
+BatchNorm normalises by in a network that follows a video.
 
 While training, BatchNorm keeps moving averages over the batches seen last, at whatever sizes they had. Statistics of
 small images do not fit large ones (and those of one subnet not another), so before a network is judged they are taken
@@ -7,13 +8,59 @@ anew from images like those it will be judged on.
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dance_seg.distributed import num_ranks, sum_over_ranks
+
+BnOnline = Literal["frame", "running", "frozen"]
+
+
+def set_bn_online(model: nn.Module, mode: BnOnline) -> None:
+    """Choose what every BatchNorm layer of a model normalises by, in place; it can be chosen anew at any time.
+
+    frame: the statistics of the images at hand, in evaluation too, since running ones lag behind a video that changes
+    and behind weights that do. running: as usual, running statistics in evaluation. frozen: running statistics in
+    training too, where they stay as they are. With `frame` the running ones are still kept up to date in training and
+    never touched in evaluation, and tensors' names are the same in all modes, so a checkpoint of one fits the others.
+
+    A layer that sees a single value per channel (ASPP's pooling of one image, say) takes its running statistics in mode
+    `frame`, since one value has no variance. Raises ValueError for another mode.
+
+    >>> model = nn.Sequential(nn.BatchNorm2d(1)).eval()
+    >>> set_bn_online(model, "frame")
+    >>> model(torch.tensor([[[[5.0, 7.0]]]])).round().tolist(), model[0].running_mean.tolist()
+    ([[[[-1.0, 1.0]]]], [0.0])
+    """
+    if mode not in get_args(BnOnline):
+        raise ValueError(f"bn_online is {mode!r}; choose one of {', '.join(get_args(BnOnline))}")
+    for layer in model.modules():
+        if isinstance(layer, _BatchNorm):
+            if not hasattr(layer, "bn_online"):
+                layer.register_forward_pre_hook(_take_statistics)
+                layer.register_forward_hook(_give_back, always_call=True)
+            layer.bn_online = mode  # type: ignore[assignment]
+
+
+def _take_statistics(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    """Set a layer's mode for one forward: torch and timm read these two attributes and nothing else."""
+    values = layer.__dict__  # nn.Module's own way of setting an attribute takes longer than a small layer's work
+    values["_mode_before"] = layer.training, values["track_running_stats"]
+    images, mode = inputs[0], values["bn_online"]
+    if mode == "frozen" or (mode == "frame" and images.numel() == images.shape[1]):
+        values["training"] = False
+    elif mode == "frame" and not layer.training and not images.is_meta:
+        # Without values there is nothing to normalise by, and who follows the channels must see the statistics.
+        values["training"], values["track_running_stats"] = True, False
+
+
+def _give_back(layer: nn.Module, inputs: tuple[Tensor, ...], output: object) -> None:
+    values = layer.__dict__
+    if "_mode_before" in values:
+        values["training"], values["track_running_stats"] = values.pop("_mode_before")
 
 
 @torch.no_grad()
@@ -37,7 +84,12 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[Tensor]) -> None:
     layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
     if not layers:
         return
-    with _restored_on_error(layers), _only_these_train(model, layers), _Moments(layers) as moments:
+    with (
+        _restored_on_error(layers),
+        _as_usual(layers),
+        _only_these_train(model, layers),
+        _Moments(layers) as moments,
+    ):
         num_batches = 0
         for images in batches:
             model(images)
@@ -101,6 +153,19 @@ def _only_these_train(model: nn.Module, layers: list[_BatchNorm]) -> Iterator[No
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+@contextmanager
+def _as_usual(layers: list[_BatchNorm]) -> Iterator[None]:
+    """Layers that `set_bn_online` froze, say, take statistics too: they are asked for."""
+    modes = [(layer, layer.bn_online) for layer in layers if hasattr(layer, "bn_online")]
+    for layer, _ in modes:
+        layer.bn_online = "running"  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for layer, mode in modes:
+            layer.bn_online = mode
 
 
 @contextmanager

@@ -45,3 +45,13 @@ class Batch(NamedTuple):
     names: tuple[str, ...]
     progress: float = 0.0  # where in training this batch stands, in [0, 1]
     decodes: int = 0  # image files decoded for this batch; 0 where the decoded cache served it
+
+
+class Frame(NamedTuple):
+    """One image of a video, in order of time."""
+
+    index: int  # type: ignore[assignment]  # its place in the stream from 0; frames that are dropped count too
+    seconds: float  # since the stream began
+    image: np.ndarray  # RGB uint8 (H, W, 3)
+    label: np.ndarray | None = None  # ground truth, class indices uint8 (H, W), where it exists
+    cut: bool | None = None  # whether the scene changes with this frame; None where nobody knows

@@ -13,10 +13,12 @@ RANKS = {
     "data_slimming": 1, "losses": 1, "batch_norm": 1, "metrics": 1, "evaluator": 1, "cost": 1, "options": 1,
     "boundary": 2, "consistency": 2, "inference": 2,
     "models": 2, "network_slimming": 2,
+    "distillation": 3,  # labels by inference, scores by consistency; for recipe and report
     "checkpoint": 3, "tracking": 3, "metrics_file": 1, "module": 3, "callbacks": 3,
     "recipe": 4, "report": 4,
     "execution": 5, "build": 6,
     "export": 7, "predict": 8,
+    "teachers": 8, "stream_pictures": 9, "stream": 10,
 }  # fmt: skip
 
 # Heavy or replaceable libraries have few homes.
@@ -32,6 +34,7 @@ HOMES = {
         )),
     },
     "segmentation_models_pytorch": {"dance_seg/models/smp.py"},
+    "av": {"datamodules/video_file.py"},
 }  # fmt: skip
 
 
@@ -99,4 +102,6 @@ def test_slow_libraries_are_imported_when_used(path):
 
 def test_torchvision_never_decodes():
     for path in files("dance_seg", "datamodules", "tools"):
-        assert "torchvision" not in {name.split(".")[0] for name in imports(path)}, relative(path)
+        found = {name for name in imports(path) if name.split(".")[0] == "torchvision"}
+        allowed = {"torchvision.models.detection"} if relative(path) == "dance_seg/distillation/teacher.py" else set()
+        assert found <= allowed, relative(path)
