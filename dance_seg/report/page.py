@@ -42,6 +42,7 @@ class Chart:
     svg: Markup
     note: str = ""
     keys: tuple[Key, ...] = ()
+    wide: bool = False  # over the whole page
 
 
 @dataclass(frozen=True)
