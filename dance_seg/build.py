@@ -27,34 +27,19 @@ from dance_seg.callbacks import (
     TrainingEnergy,
     checkpoint_of,
 )
-from dance_seg.checkpoint import atomic_checkpoint_io, check_writable, clean_temporary, newest_valid
-from dance_seg.machine import processor, write_text
+from dance_seg.checkpoint import atomic_checkpoint_io, newest_valid
+from dance_seg.machine import write_text
 from dance_seg.models import MODELS
 from dance_seg.module import SegmentationModule
 from dance_seg.network_slimming.slim import check_reachable
 from dance_seg.network_slimming.structure import restructure
 from dance_seg.part import Part, build_part
-from dance_seg.recipe import Recipe, load_recipe, recipe_differences, recipe_from_record, recipe_record, save_recipe
+from dance_seg.recipe import Recipe, load_recipe, recipe_from_record, recipe_record, save_recipe, with_execution
+from dance_seg.run_folder import is_main, note, notes, open_folder, run_id
 from dance_seg.tracking import GuardedWandbLogger, JsonlLogger, guarded_wandb_logger
 
 if TYPE_CHECKING:
-    from dance_seg.execution import Execution
-    from dance_seg.options import Training
     from datamodules.base import SegmentationDataModule
-
-# Keys that may differ when a run goes on: they change where and how fast it runs, not what it computes.
-FREE_KEYS = (
-    "tracking.",
-    "trainer.devices",
-    "trainer.num_nodes",
-    "trainer.accelerator",
-    "trainer.threads",
-    "trainer.save_every_minutes",
-    "trainer.log_every",
-    "data.args.root",
-    "data.args.workers",
-    "data.args.cache_",
-)
 
 
 MEASURING_SECONDS = 600
@@ -109,7 +94,7 @@ def build_module(recipe: Recipe, model: nn.Module, datamodule: "SegmentationData
     return module
 
 
-def build_trainer(recipe: Recipe, datamodule: "SegmentationDataModule", folder: Path, run_id: str) -> Trainer:
+def build_trainer(recipe: Recipe, datamodule: "SegmentationDataModule", folder: Path) -> Trainer:
     """The Trainer of a recipe, writing into a run folder."""
     options = recipe.trainer
     ranks = options.devices * options.num_nodes
@@ -122,8 +107,8 @@ def build_trainer(recipe: Recipe, datamodule: "SegmentationDataModule", folder: 
         mode=recipe.tracking.wandb,
         project=recipe.tracking.project,
         name=recipe.name,
-        run_id=run_id,
-        config=recipe_record(recipe) | {"run": _notes(folder)},
+        run_id=run_id(folder),
+        config=recipe_record(recipe) | {"run": notes(folder)},
         group=recipe.tracking.group,
         tags=list(recipe.tracking.tags),
         artifacts=recipe.tracking.artifacts,
@@ -200,7 +185,7 @@ def train(recipe: Recipe, datamodule: "SegmentationDataModule", folder: Path) ->
     """
     main = is_main()
     if main:
-        recipe = _open_folder(recipe, folder)
+        recipe = open_folder(recipe, folder)
     torch.set_num_threads(recipe.trainer.threads or os.cpu_count() or 1)
     # The seed also decides the initial weights, so it is set before the model is built.
     torch.manual_seed(recipe.seed)
@@ -222,8 +207,8 @@ def train(recipe: Recipe, datamodule: "SegmentationDataModule", folder: Path) ->
     module = build_module(recipe, model, datamodule)
     if main:
         write_plan(folder, datamodule)
-        _note(folder, classes=list(datamodule.classes))
-    trainer = build_trainer(recipe, datamodule, folder, _run_id(folder))
+        note(folder, classes=list(datamodule.classes))
+    trainer = build_trainer(recipe, datamodule, folder)
     if found is not None:
         path, checkpoint = found
         place = checkpoint["callbacks"]["ExactResume"]
@@ -241,7 +226,7 @@ def train(recipe: Recipe, datamodule: "SegmentationDataModule", folder: Path) ->
             if isinstance(logger, GuardedWandbLogger):
                 logger.finish()
     if trainer.is_global_zero and trainer.current_epoch >= recipe.trainer.max_epochs:
-        _note(folder, finished=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
+        note(folder, finished=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
     return folder
 
 
@@ -278,12 +263,6 @@ def _thumbnails(folder: Path, datamodule: "SegmentationDataModule", chosen: dict
             picture = Image.fromarray(np.asarray(source.load(int(index)).image))
             picture.thumbnail((320, 320))
             picture.save(folder / f"complexity_{kind}_{number}_{Path(source.names[index]).name}.png")
-
-
-def is_main() -> bool:
-    """Whether this process is the one that writes: rank 0, as the launchers of Lightning, torchrun and SLURM tell."""
-    names = ("RANK", "SLURM_PROCID") if "LOCAL_RANK" not in os.environ else ("RANK", "LOCAL_RANK", "NODE_RANK")
-    return all(int(os.environ.get(name, 0)) == 0 for name in names)
 
 
 def load_model(path: Path, *, averaged: bool = True) -> tuple[nn.Module, dict[str, Any]]:
@@ -342,30 +321,6 @@ def load_run(folder: Path, choice: str = "best") -> tuple[nn.Module, dict[str, A
     return model, record, path
 
 
-def _open_folder(recipe: Recipe, folder: Path) -> Recipe:
-    """Make the run folder, or check that the run in it is this one; returns the recipe with what that run has chosen.
-
-    A recipe whose execution is still to be measured is not written yet.
-    """
-    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-    check_writable(folder)
-    clean_temporary(folder / "checkpoints")
-    there = folder / "recipe.yaml"
-    if there.is_file():
-        earlier = load_recipe(there)
-        if recipe.trainer.execution == earlier.trainer.execution == "auto":
-            recipe = _with_execution(recipe, earlier.trainer)
-        differing = [d for d in recipe_differences(earlier, recipe) if not d.startswith(FREE_KEYS)]
-        if differing:
-            raise ValueError(
-                f"{folder} holds a run of another recipe (there / here: {'; '.join(differing[:5])}); choose another "
-                f"name=..., or move {folder} away"
-            )
-    if there.is_file() or recipe.trainer.execution != "auto":
-        save_recipe(recipe, there)
-    return recipe
-
-
 def _with_measured_execution(
     recipe: Recipe, folder: Path, model: nn.Module, datamodule: "SegmentationDataModule"
 ) -> Recipe:
@@ -380,8 +335,8 @@ def _with_measured_execution(
         steps = sum(epoch.steps for epoch in datamodule.schedule)
         chosen, trials = choose(recipe, model, work, len(datamodule.classes), steps=steps)
         rank_zero_info(described(chosen, trials))
-        _note(folder, execution=[{**trial.execution._asdict(), "milliseconds": trial.milliseconds} for trial in trials])
-        save_recipe(_with_execution(recipe, chosen), there)
+        note(folder, execution=[{**trial.execution._asdict(), "milliseconds": trial.milliseconds} for trial in trials])
+        save_recipe(with_execution(recipe, chosen), there)
     end = time.monotonic() + MEASURING_SECONDS
     while not there.is_file():  # the other ranks of a launcher that starts them all at once
         if time.monotonic() > end:
@@ -389,48 +344,4 @@ def _with_measured_execution(
                 f"{there} was not written within {MEASURING_SECONDS} s; has rank 0 ended? See its messages"
             )
         time.sleep(0.2)
-    return _with_execution(recipe, load_recipe(there).trainer)
-
-
-def _with_execution(recipe: Recipe, execution: "Execution | Training") -> Recipe:
-    chosen = {key: getattr(execution, key) for key in ("precision", "channels_last", "compile")}
-    return replace(recipe, trainer=replace(recipe.trainer, **chosen))
-
-
-def _run_id(folder: Path) -> str:
-    """A random name that stays the same when the run goes on."""
-    import secrets
-
-    known = _notes(folder)
-    if "run_id" not in known:
-        _note(folder, run_id=secrets.token_hex(4), started=time.strftime("%Y-%m-%dT%H:%M:%S%z"), **circumstances())
-    return str(_notes(folder)["run_id"])
-
-
-def circumstances() -> dict[str, Any]:
-    """Hardware, versions and commit, to be kept beside the figures of a run."""
-    import subprocess
-    from importlib.metadata import version
-
-    try:
-        command = ["git", "describe", "--always", "--dirty=+"]
-        place = Path(__file__).parent
-        described = subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.TimeoutExpired):
-        described = ""
-    return {
-        "commit": described,
-        "processor": processor(),
-        "cores": os.cpu_count(),
-        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
-        "versions": {name: version(name) for name in ("torch", "pytorch-lightning", "segmentation-models-pytorch")},
-    }
-
-
-def _notes(folder: Path) -> dict[str, Any]:
-    path = folder / "run.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
-
-
-def _note(folder: Path, **facts: Any) -> None:
-    write_text(folder / "run.json", json.dumps({**_notes(folder), **facts}, indent=2) + "\n")
+    return with_execution(recipe, load_recipe(there).trainer)

@@ -1,5 +1,6 @@
 """A recipe: the options of one run, from one YAML file and the command line. The only file that knows OmegaConf."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
@@ -13,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dance_seg.data_slimming.adaptive import AdaptiveResolution
 from dance_seg.data_slimming.plan import DataSlimming
+from dance_seg.distillation.online import OnlineDistillation
 from dance_seg.losses import Loss
 from dance_seg.machine import write_text
 from dance_seg.network_slimming.schedule import NetworkSlimming
@@ -20,6 +22,8 @@ from dance_seg.options import Optimizer, Tracking, Training, plain
 from dance_seg.part import Part
 
 MAX_BYTES = 1 << 20  # no honest recipe is larger
+VIDEO = "video_"
+VIDEOS = ("video_shapes", "video_camvid", "video_file", "video_folder")  # names of `data` for a student that follows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +38,8 @@ class Recipe:
     optimizer: Optimizer = field(default_factory=Optimizer)
     data_slimming: DataSlimming | None = None
     network_slimming: NetworkSlimming | None = None
+    distillation: OnlineDistillation | None = None  # the model follows a video, and `data` names the video
+    teacher: Part | None = None  # who labels the key frames of that video
     trainer: Training = field(default_factory=Training)
     tracking: Tracking = field(default_factory=Tracking)
 
@@ -67,8 +73,8 @@ def parse_recipe(text: str, overrides: Sequence[str] = (), *, at: str = "recipe"
         if not equals or not key.strip():
             raise ValueError(f"{override!r} is no override; write section.key=value, such as trainer.max_epochs=2")
     try:
-        read = OmegaConf.create(text)
-        written = OmegaConf.from_dotlist(list(overrides))
+        read = OmegaConf.create(_names_kept(text))
+        written = OmegaConf.from_dotlist([_names_kept(override) for override in overrides])
         for config in (read, written):
             _refuse_interpolation(OmegaConf.to_container(config, resolve=False), at)
         recipe: Recipe = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Recipe), read, written))  # type: ignore[assignment]
@@ -116,6 +122,40 @@ def check_recipe(recipe: Recipe) -> None:
         )
     if cuts is not None and recipe.trainer.max_epochs < 2:
         raise ValueError("trainer.max_epochs is 1: network_slimming cuts between two epochs, so there must be two")
+    _check_stream(recipe)
+
+
+def _check_stream(recipe: Recipe) -> None:
+    """Refuse a video without a student that follows it, a student without a video or a teacher, and slimming of it."""
+    is_video = recipe.data.name.startswith(VIDEO)
+    if recipe.distillation is None:
+        if is_video:
+            raise ValueError(
+                f"data.name is {recipe.data.name}, a video, and there is no section distillation; add one "
+                "(distillation: {} takes every default), or name images to train on"
+            )
+        if recipe.teacher is not None:
+            raise ValueError(
+                f"teacher is {recipe.teacher.name}, and there is no section distillation that would ask it; add one or "
+                "take the teacher out"
+            )
+        return
+    if not is_video:
+        raise ValueError(
+            f"data.name is {recipe.data.name!r}: with a section distillation the student follows a video; choose one "
+            f"of {', '.join(VIDEOS)}, or take distillation out"
+        )
+    if recipe.teacher is None:
+        raise ValueError(
+            "there is no teacher to learn from; name one, such as teacher: {name: checkpoint, args: {run: runs/...}} "
+            "or teacher: {name: train, args: {recipe: recipes/...}}"
+        )
+    for section in ("data_slimming", "network_slimming"):
+        if getattr(recipe, section) is not None:
+            raise ValueError(
+                f"{section} has no place beside distillation, where nothing is trained in epochs; take it out (a "
+                "student that was slimmed before is named by model: {name: checkpoint, args: {run: runs/...}})"
+            )
 
 
 def recipe_record(recipe: Recipe) -> dict[str, Any]:
@@ -145,6 +185,12 @@ def adaptive_of(record: Mapping[str, Any]) -> AdaptiveResolution | None:
     return AdaptiveResolution(options, np.asarray(record["complexity"], dtype=np.float64), recipe.seed)
 
 
+def with_execution(recipe: Recipe, execution: Any) -> Recipe:
+    """The recipe with the precision, channels_last and compile of something that has these, such as its trainer."""
+    chosen = {key: getattr(execution, key) for key in ("precision", "channels_last", "compile")}
+    return replace(recipe, trainer=replace(recipe.trainer, **chosen))
+
+
 def save_recipe(recipe: Recipe, path: Path) -> None:
     """Write the resolved recipe as YAML, whole or not at all."""
     write_text(path, yaml.safe_dump(recipe_record(recipe), sort_keys=False))
@@ -162,6 +208,15 @@ def recipe_differences(first: Recipe, second: Recipe) -> list[str]:
 
     one, two = flat(recipe_record(first), ""), flat(recipe_record(second), "")
     return [f"{k}: {one.get(k)} / {two.get(k)}" for k in sorted(one.keys() | two.keys()) if one.get(k) != two.get(k)]
+
+
+def _names_kept(text: str) -> str:
+    """A text of YAML in which a name such as CamVid's drive 0016E5 is not taken for the number 1600000.
+
+    >>> _names_kept("hold_out=[0016E5, 0006R0]")
+    "hold_out=['0016E5', 0006R0]"
+    """
+    return re.sub(r"(?<![\w.'\"/-])0\d+[eE]\d+(?![\w.'\"/-])", r"'\g<0>'", text)
 
 
 def _first_line(error: Exception) -> str:

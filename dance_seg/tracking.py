@@ -134,8 +134,10 @@ def tags_of(config: Mapping[str, Any]) -> list[str]:
     >>> tags_of({"data": {"name": "camvid"}, "model": {"name": "smp", "args": {"arch": "fpn"}}, "data_slimming": {}})
     ['data_slimming', 'camvid', 'smp', 'fpn']
     """
-    methods = [name for name in ("data_slimming", "network_slimming") if config.get(name) is not None] or ["dense"]
-    methods += ["dance"] if len(methods) == 2 else []
+    methods = [
+        name for name in ("data_slimming", "network_slimming", "distillation") if config.get(name) is not None
+    ] or ["dense"]
+    methods += ["dance"] if methods == ["data_slimming", "network_slimming"] else []
     data, model = (config.get(key) or {} for key in ("data", "model"))
     arguments = model.get("args") or {}
     named = [data.get("name"), model.get("name"), arguments.get("arch"), arguments.get("encoder_name")]

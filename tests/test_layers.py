@@ -16,7 +16,7 @@ RANKS = {
     "distillation": 3,  # labels by inference, scores by consistency; for recipe and report
     "checkpoint": 3, "tracking": 3, "metrics_file": 1, "module": 3, "callbacks": 3,
     "recipe": 4, "report": 4,
-    "execution": 5, "build": 6,
+    "execution": 5, "run_folder": 5, "build": 6,
     "export": 7, "predict": 8,
     "teachers": 8, "stream_pictures": 9, "stream": 10,
 }  # fmt: skip

@@ -1,16 +1,26 @@
 """Every recipe loads, builds and takes two steps, on scenes written in its data set's own layout."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from dance_seg.build import train
 from dance_seg.checkpoint import newest_valid
+from dance_seg.distillation.teacher import NetworkTeacher
+from dance_seg.metrics_file import read_metrics
 from dance_seg.recipe import load_recipe, recipe_differences
+from dance_seg.stream import follow_stream
+from dance_seg.teachers import teacher_recipe
 from datamodules import build_datamodule
+from datamodules.video import build_source
+from tests.streams import write_film
 from tools.make_shapes import write_layout
 
-RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
+EVERY = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
+VIDEOS = [path for path in EVERY if path.stem.startswith("video_")]
+RECIPES = [path for path in EVERY if path not in VIDEOS]
 PAIRS = sorted({path.stem.removesuffix("_dense") for path in RECIPES if path.stem.endswith("_dense")})
 
 SHORT = (
@@ -55,6 +65,43 @@ def test_a_recipe_takes_two_steps(path, tmp_path):
     train(recipe, build_datamodule(recipe), tmp_path / "run")
     _, checkpoint = newest_valid(tmp_path / "run" / "checkpoints", "step-*.ckpt")
     assert checkpoint["global_step"] >= 2
+
+
+@pytest.mark.parametrize("path", VIDEOS, ids=lambda path: path.stem)
+def test_a_recipe_of_a_video_follows_a_few_frames(path, tmp_path):
+    """Its own student, options and kind of source; its teacher of one convolution stands for the one it names."""
+    recipe = load_recipe(path)
+    student = replace(
+        recipe.model, args={**recipe.model.args, **({"width": 0.125} if "width" in recipe.model.args else {})}
+    )
+    changes = ["trainer.accelerator=cpu", "trainer.threads=1", "tracking.wandb=disabled"]
+    if recipe.data.name == "video_shapes":
+        changes += ["data.args.num_frames=3", "data.args.size=[64,64]"]
+    elif recipe.data.name == "video_camvid":
+        write_layout("camvid", tmp_path / "data", 12, size=(64, 96))
+        changes.append(f"data.args.root={tmp_path / 'data'}")
+    else:
+        write_film(tmp_path / "film.mp4", frames=3)
+        changes.append(f"data.args.path={tmp_path / 'film.mp4'}")
+    recipe = replace(load_recipe(path, changes), model=student)
+    source = build_source(recipe)
+    classes = source.classes or ("road", "car")
+    teacher = NetworkTeacher(torch.nn.Conv2d(3, len(classes), 1), classes, device="cpu")
+    folder = follow_stream(recipe, source, tmp_path / "run", teacher, stop_after=3, progress=False)
+    assert len(read_metrics(folder / "metrics.jsonl")) == 3
+
+
+@pytest.mark.parametrize("path", VIDEOS, ids=lambda path: path.stem)
+def test_the_teacher_that_a_recipe_of_a_video_trains_has_a_recipe(path):
+    recipe = load_recipe(path)
+    if recipe.teacher.name != "train":
+        assert recipe.teacher.args["run"].startswith("runs/")
+        return
+    given = recipe.teacher.args
+    made = teacher_recipe(str(path.parent.parent / given["recipe"]), given["overrides"], recipe)
+    assert recipe.data.name == f"video_{made.data.name}"
+    if recipe.data.name == "video_camvid":  # the clip was cut out of this drive
+        assert (made.data.args["hold_out"], made.data.args["root"]) == ("0016E5", "data/camvid")
 
 
 @pytest.mark.parametrize("name", PAIRS)

@@ -13,9 +13,12 @@ def main() -> int:
     )
     arguments = arguments_parser.parse_intermixed_args()
     from dance_seg.report.run_page import write_report
+    from dance_seg.report.runs import read_run
+    from dance_seg.report.stream_page import write_stream_report
 
     for folder in arguments.runs:
-        print(write_report(folder))
+        follows_a_video = read_run(folder).recipe.get("distillation") is not None
+        print(write_stream_report(folder) if follows_a_video else write_report(folder))
     return 0
 
 

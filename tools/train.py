@@ -14,7 +14,8 @@ def main() -> int:
     from dance_seg.recipe import load_recipe
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
-    from dance_seg.build import is_main, train
+    from dance_seg.build import train
+    from dance_seg.run_folder import is_main
     from datamodules import build_datamodule
 
     folder = train(recipe, build_datamodule(recipe), arguments.runs / recipe.name)

@@ -313,6 +313,6 @@ def test_files_that_are_no_safetensors_file_of_this_project_are_refused(
 def test_every_family_agrees_with_its_file(family: Family, half: bool, tmp_path: Path) -> None:
     found = measure(prepared(family, half=half), tmp_path / "net.onnx", runs=1)
     assert found.agreement.argmax >= 0.9999
-    assert found.undecided < 1e-3
+    assert found.undecided < 2e-3
     pixels = random_pixels(1, 3, SIZE[0] // 2, SIZE[1] // 2)
     assert np.isfinite(OnnxFile(tmp_path / "net.onnx").logits(pixels)).all()

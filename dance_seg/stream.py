@@ -1,0 +1,439 @@
+"""A stream followed into a run folder: what `dance_seg.distillation` does, bound to files, trackers and checkpoints.
+
+    runs/NAME/  recipe.yaml  run.json  metrics.jsonl (a row for each frame)  scores.json  cost.json
+                checkpoints/step-*.ckpt (the state after so many frames)  pictures/ (sample frames)  report.html
+
+The same command again goes on after the last frame of the newest whole checkpoint. A student's checkpoint is one like
+any other: `tools.predict` and `tools.export` take it.
+"""
+
+import copy
+import json
+import os
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import nn
+
+from dance_seg.checkpoint import newest_valid, save_checkpoint
+from dance_seg.cost.macs import count_macs
+from dance_seg.distillation.learning import attempt, images_of, learn
+from dance_seg.distillation.online import Followed, TeacherError, figures, follow
+from dance_seg.distillation.real_time import follow_in_real_time
+from dance_seg.distillation.scores import Counts, StreamScores, Window, pricing, scored
+from dance_seg.distillation.state import StreamState
+from dance_seg.distillation.teacher import Teacher, check_classes, input_size
+from dance_seg.errors import DataError
+from dance_seg.machine import write_text
+from dance_seg.metrics_file import MetricsFile
+from dance_seg.randomness import Stream, seed_torch
+from dance_seg.recipe import Recipe, recipe_record
+from dance_seg.run_folder import note, notes, open_folder, run_id
+from dance_seg.sample import Frame
+from dance_seg.stream_pictures import Film, SampleFrames
+from dance_seg.teachers import Source, build_student, build_teacher, palette_of
+from dance_seg.tracking import guarded_wandb_logger
+
+WINDOW = 100  # frames over which the progress bar averages accuracy
+KEPT_CHECKPOINTS = 2
+
+
+class Pace(Protocol):
+    """Frames at the pace of their own time: what `datamodules.paced.paced` makes."""
+
+    dropped: int
+    delay: float
+    longest_delay: float
+
+    def __iter__(self) -> Iterator[Frame]: ...
+
+    def close(self) -> None:
+        """End its thread."""
+
+
+def follow_stream(
+    recipe: Recipe,
+    source: Source,
+    folder: Path,
+    teacher: Teacher | None = None,
+    *,
+    overlay: Path | None = None,
+    stop_after: int | None = None,
+    pace: Callable[[Iterable[Frame]], Pace] | None = None,
+    progress: bool = True,
+    say: Callable[[str], None] = print,
+) -> Path:
+    """Follow a video by a recipe into a run folder, going on where an interrupted run was; returns the folder.
+
+    Without a `teacher` the recipe's is built. `overlay` is a film of what the user is shown. `stop_after` ends this
+    call after so many frames, with the state saved. With a `pace` teacher and updates run beside inference, and frames
+    that come too fast are dropped. SIGINT and SIGTERM end it after the frame at hand, with the state saved.
+
+    Raises ValueError when the folder holds a run of another recipe, when classes of teacher, student and video differ;
+    what the source and the teacher raise where they are told to stop, after the state was saved.
+    """
+    options = recipe.distillation
+    if options is None:
+        raise ValueError("the recipe has no section distillation, so nothing follows a video; train it by tools.train")
+    if teacher is None:
+        teacher = build_teacher(recipe, source)
+    if source.classes:
+        check_classes(teacher.classes, source.classes)
+    recipe = open_folder(recipe, folder)
+    torch.set_num_threads(recipe.trainer.threads or os.cpu_count() or 1)
+    if notes(folder).get("finished"):
+        say(f"{folder} is finished; give another name= to follow anew")
+        return folder
+    student, student_recipe, structure = build_student(recipe, len(teacher.classes))
+    run = StreamRunFiles(folder, recipe, student_recipe, structure, source, teacher, student)
+    start = run.resume()
+    if start:
+        say(f"Going on after frame {start - 1}")
+    film = Film(overlay, source.frames_per_second, run.palette, run.classes, start) if overlay is not None else None
+    broken: list[Exception] = []
+    frames: Iterable[Frame] = seeded(source.frames(start), recipe.seed, broken)
+    paced = pace(frames) if pace is not None else None
+    if paced is not None:
+        stream = follow_in_real_time(paced, student, teacher, options, state=run.state)
+    else:
+        known = source.num_frames
+        stream = follow(frames, student, teacher, options, state=run.state, num_frames=known, seed=recipe.seed)
+    judge = teacher if options.score_every_frame and paced is None else None
+    bar = ProgressBar(run, source, progress)
+    try:
+        with stopped_by_signals() as stop:
+            for number, (followed, labels, found) in enumerate(scored(stream, run.scores, judge), start=1):
+                run.take(followed, labels, found, paced)
+                bar.show(followed, found)
+                if film is not None:
+                    film.add(followed)
+                if stop.is_set() or number == stop_after:
+                    break
+            else:
+                run.finish()
+        run.save()
+    except (DataError, TeacherError) as error:
+        if isinstance(error, TeacherError) or error in broken:  # nothing was learnt from the frame at hand
+            run.save()
+            saved = f"the state after {run.state.position} frames is saved in {folder}"
+            raise type(error)(f"{error} ({saved})") from error
+        raise
+    finally:
+        bar.close()
+        for part in (stream, paced, film, run):
+            if part is not None:
+                part.close()  # type: ignore[union-attr]
+    return folder
+
+
+class StreamRunFiles:
+    """Everything that a stream writes into its run folder."""
+
+    def __init__(
+        self,
+        folder: Path,
+        recipe: Recipe,
+        student_recipe: Recipe,
+        structure: dict[str, Any] | None,
+        source: Source,
+        teacher: Teacher,
+        student: nn.Module,
+    ) -> None:
+        assert recipe.distillation is not None
+        self.folder, self.recipe, self.teacher = folder, recipe, teacher
+        self.classes, self.palette = tuple(teacher.classes), palette_of(source, teacher)
+        self.state = StreamState.start(student, teacher.classes, recipe.distillation)
+        self.source, self.structure = source, structure
+        self.price = pricing(student, teacher, recipe.distillation)
+        # Temporal stability takes up to four optical flows a frame: not for a camera that never ends.
+        follows_motion = source.num_frames is not None
+        self.scores = StreamScores(self.classes, recipe.distillation, price=self.price, stability=follows_motion)
+        self.samples = SampleFrames(folder / "pictures", self.palette, source.num_frames)
+        self.metrics = MetricsFile(folder / "metrics.jsonl")
+        self._record = {
+            "recipe": recipe_record(student_recipe),
+            "labels": label_record(source, self.classes, self.palette),
+            "complexity": None,
+        }
+        self._saved_at, self._saved_position = time.monotonic(), -1
+        self._last: Frame | None = None
+        self._alone: dict[str, float] | None = None
+        self._pace: dict[str, float] = {}
+        note(folder, classes=list(self.classes), source=source.name, num_frames=source.num_frames)
+        tracking = recipe.tracking
+        self.tracker = guarded_wandb_logger(
+            folder,
+            mode=tracking.wandb,
+            project=tracking.project,
+            name=recipe.name,
+            run_id=run_id(folder),
+            config=recipe_record(recipe) | {"run": notes(folder)},
+            group=tracking.group,
+            tags=[recipe.distillation.method, *tracking.tags],
+            artifacts=tracking.artifacts,
+        )
+
+    def resume(self) -> int:
+        """Stand where the newest whole checkpoint says; returns the index of the first frame to follow."""
+        found = newest_valid(self.folder / "checkpoints", "step-*.ckpt")
+        if found is None:
+            return 0
+        path, checkpoint = found
+        stream = checkpoint["stream"]
+        prefix = "model."
+        weights = {name.removeprefix(prefix): tensor for name, tensor in checkpoint["state_dict"].items()}
+        try:
+            self.state.restore({**stream["state"], "student": weights})
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+        restore_scores(self.scores, stream["scores"])
+        self.samples.counts = dict(stream["samples"])
+        self._saved_position = self.state.position
+        self.metrics.mark_resumed(self.state.position - 1)
+        return self.state.position
+
+    def take(
+        self, followed: Followed, labels: np.ndarray | None, found: Mapping[str, float], pace: Pace | None
+    ) -> None:
+        """Write what became of a frame."""
+        row = {**figures(followed), **found}
+        if pace is not None:
+            row |= {"stream/delay_ms": 1000 * pace.delay, "stream/dropped": pace.dropped}
+            self._pace = {"dropped": pace.dropped, "longest_delay": pace.longest_delay}
+        index = followed.frame.index
+        self.metrics.append(index, row)
+        self._last = followed.frame
+        if self.tracker is not None and (followed.key_frame or index % self.recipe.trainer.log_every == 0):
+            self.tracker.log_metrics(row, index)
+        if self.samples.wants(followed):
+            masks = self.samples.keep(followed, labels)
+            if self.tracker is not None:
+                shown = {name: [mask] for name, mask in masks.items()}
+                self.tracker.log_images("stream/samples", [followed.frame.image], shown, self.classes, index)
+        if time.monotonic() - self._saved_at >= 60 * self.recipe.trainer.save_every_minutes:
+            self.save()
+
+    def finish(self) -> None:
+        """The stream is over: measure each part by itself, for the cost model."""
+        if self._last is not None:
+            self._alone = seconds_alone(self.state, self.teacher, self._last)
+
+    def save(self) -> None:
+        """Write scores, costs and the state, whole or not at all; nothing where nothing came since the last time."""
+        if self.state.position == self._saved_position and self._alone is None:
+            return
+        self._write_figures()
+        state = self.state.record()
+        student = state.pop("student")
+        checkpoint = {
+            "global_step": self.state.position,
+            "dance_seg": self._record,
+            "state_dict": {f"model.{name}": tensor for name, tensor in student.items()},
+            "stream": {"state": state, "scores": scores_record(self.scores), "samples": dict(self.samples.counts)},
+            **({"structure": self.structure} if self.structure is not None else {}),
+        }
+        folder = self.folder / "checkpoints"
+        save_checkpoint(checkpoint, folder / f"step-{self.state.position:08d}.ckpt")
+        for old in sorted(folder.glob("step-*.ckpt"))[:-KEPT_CHECKPOINTS]:
+            old.unlink()
+        self.metrics.sync()
+        self._saved_at, self._saved_position = time.monotonic(), self.state.position
+        if self._alone is not None:
+            note(self.folder, finished=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
+
+    def close(self) -> None:
+        """Let go of files and tracker."""
+        self.metrics.close()
+        if self.tracker is not None:
+            self.tracker.finish()
+
+    def _write_figures(self) -> None:
+        scores_ = self.scores.record()
+        counted = {name: getattr(self.state, name) for name in ("teacher_failures", "passed_over", "late")}
+        counted |= {"problems": dict(getattr(self.source, "problems", {})), "real_time": self._pace or None}
+        write_text(self.folder / "scores.json", _json({**scores_, **counted}))
+        costs: dict[str, Any] = {"stream": self.scores.costs(self._alone)}
+        if self._last is not None:
+            assert self.recipe.distillation is not None
+            height, width = self._last.image.shape[:2]
+            one = count_macs(self.state.student, input_size((height, width), self.recipe.distillation.resolution))
+            costs["inference"] = {
+                "gmacs": one.macs / 1e9,
+                "parameters": one.parameters,
+                "input_size": list(one.input_size),
+                "uncounted": list(one.uncounted),
+            }
+        write_text(self.folder / "cost.json", _json(costs))
+
+
+def label_record(source: Source, classes: Sequence[str], palette: Sequence[tuple[int, int, int]]) -> dict[str, Any]:
+    """The classes and colours of a checkpoint, as `LabelTable.as_record` writes them."""
+    if source.label_table is not None:
+        return source.label_table.as_record()
+    table = [index if index < len(classes) or index == 255 else -1 for index in range(256)]
+    return {"classes": list(classes), "palette": [list(color) for color in palette], "table": table}
+
+
+def seeded(frames: Iterable[Frame], seed: int, broken: list[Exception]) -> Iterator[Frame]:
+    """The frames; before each, torch is seeded by its index, so that resuming cannot change what is drawn for it.
+
+    What the frames raise is put into `broken`, and raised.
+    """
+    try:
+        for frame in frames:
+            seed_torch(seed, Stream.STEP, frame.index)
+            yield frame
+    except Exception as error:
+        broken.append(error)
+        raise
+
+
+def seconds_alone(state: StreamState, teacher: Teacher, frame: Frame, runs: int = 5) -> dict[str, float]:
+    """Median seconds of the student, the teacher and one update, each measured by itself on a copy of the student."""
+    options = replace(state.options, threshold=1 - 1e-9, u_max=3, restore_best=False, method="online")
+    size = frame.image.shape[:2]
+    found: dict[str, list[float]] = {"student": [], "teacher": [], "updates": []}
+    teaching = None
+    with suppress(Exception):  # a teacher that fails has no time
+        for _ in range(runs):
+            began = time.perf_counter()
+            teaching = teacher(frame)
+            found["teacher"].append(time.perf_counter() - began)
+    for _ in range(runs):
+        trial = StreamState.start(copy.deepcopy(state.student), state.classes, options)
+        began = time.perf_counter()
+        attempt(trial.student, images_of(trial.student, frame, options), size, gradients=False)
+        found["student"].append(time.perf_counter() - began)
+        if teaching is None or options.partial != state.options.partial:
+            continue
+        images = images_of(trial.student, frame, options)
+        first = attempt(trial.student, images, size, gradients=True)
+        began = time.perf_counter()
+        lesson = learn(trial, images, teaching, first)
+        if lesson.updates:
+            found["updates"].append((time.perf_counter() - began) / lesson.updates)
+    return {part: median(times) if times else 0.0 for part, times in found.items()}
+
+
+@contextmanager
+def stopped_by_signals() -> Iterator[threading.Event]:
+    """An event that SIGINT and SIGTERM set, so that the frame at hand is finished; a second SIGINT ends it at once."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def note(number: int, frame: object) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class ProgressBar:
+    """Frames per second, stride and accuracy of the last frames, on one line."""
+
+    def __init__(self, run: StreamRunFiles, source: Source, shown: bool) -> None:
+        from tqdm import tqdm
+
+        at = run.state.position
+        self.bar = tqdm(total=source.num_frames, initial=at, unit="frame", desc=source.name, disable=not shown)
+        self.accuracies = deque[float](maxlen=WINDOW)
+
+    def show(self, followed: Followed, found: Mapping[str, float]) -> None:
+        """One frame further."""
+        if "stream/accuracy" in found:
+            self.accuracies.append(found["stream/accuracy"])
+        self.bar.update(followed.frame.index + 1 - self.bar.n)  # dropped frames are passed too
+        said = {"stride": followed.stride}
+        if self.accuracies:
+            said["accuracy"] = round(sum(self.accuracies) / len(self.accuracies), 1)  # type: ignore[assignment]
+        if "cost/times_cheaper" in found:
+            said["cheaper"] = f"{found['cost/times_cheaper']:.1f}x"  # type: ignore[assignment]
+        self.bar.set_postfix(said, refresh=False)
+
+    def close(self) -> None:
+        """Leave the line as it is."""
+        self.bar.close()
+
+
+# Scores that outlive an interruption ------------------------------------------------------------------------------
+
+_MATRICES = ("against_teacher", "against_truth", "teacher_against_truth")
+_COUNTERS = ("start", "frames", "taught", "updates", "frames_against_teacher", "frames_against_truth")
+_SUMS = ("seconds", "counts", "macs", "teacher_macs", "_macs_known", "judging_seconds")
+
+
+def scores_record(scores: StreamScores) -> dict[str, Any]:
+    """All that scores have counted so far, as plain data and tensors."""
+    return {
+        **{name: copy.deepcopy(getattr(scores, name)) for name in _SUMS},
+        "total": _counts_record(scores.total),
+        "current": None if scores._current is None else _counts_record(scores._current),
+        "windows": [list(window) for window in scores.windows],
+        "recent": {part: list(times) for part, times in scores._recent.items()},
+        "stability": {
+            who: {
+                "matrix": torch.from_numpy(found.matrix.copy()),
+                "frame_pairs": found.frame_pairs,
+                "pixels": found.pixels,
+                "previous": None if found._previous is None else [torch.tensor(part) for part in found._previous],
+            }
+            for who, found in scores._stability.items()
+        },
+        "last": None if scores._last is None else [scores._last.index, list(scores._last.image.shape)],
+    }
+
+
+def restore_scores(scores: StreamScores, record: Mapping[str, Any]) -> None:
+    """Go on counting where a record says."""
+    for name in _SUMS:
+        setattr(scores, name, copy.deepcopy(record[name]))
+    scores.total = _counts_of(record["total"], len(scores.classes))
+    scores._current = None if record["current"] is None else _counts_of(record["current"], len(scores.classes))
+    scores.windows = [Window(*window) for window in record["windows"]]
+    for part, times in record["recent"].items():
+        scores._recent[part].extend(times)
+    for who, kept in record["stability"].items():
+        if who in scores._stability:
+            found = scores._stability[who]
+            found.matrix, found.frame_pairs, found.pixels = kept["matrix"].numpy(), kept["frame_pairs"], kept["pixels"]
+            previous = kept["previous"]
+            found._previous = None if previous is None else (previous[0].numpy(), previous[1].numpy())
+    if record["last"] is not None:
+        index, shape = record["last"]
+        scores._last = Frame(index, 0.0, np.empty(shape, np.uint8))  # its place and size are all that is asked of it
+
+
+def _counts_record(counts: Counts) -> dict[str, Any]:
+    plain = {name: getattr(counts, name) for name in _COUNTERS}
+    return plain | {name: torch.from_numpy(getattr(counts, name).copy()) for name in _MATRICES}
+
+
+def _counts_of(record: Mapping[str, Any], num_classes: int) -> Counts:
+    counts = Counts(num_classes)
+    for name in _COUNTERS:
+        setattr(counts, name, record[name])
+    for name in _MATRICES:
+        setattr(counts, name, record[name].numpy().copy())
+    return counts
+
+
+def _json(record: Mapping[str, Any]) -> str:
+    return json.dumps(record, indent=1, default=float) + "\n"

@@ -1,0 +1,354 @@
+"""A stream in a run folder: what is written, what goes on after an interruption, what is refused."""
+
+import json
+import os
+import signal
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+import dance_seg.build
+import dance_seg.stream
+from dance_seg.checkpoint import newest_valid
+from dance_seg.distillation.online import Followed, TeacherError
+from dance_seg.distillation.teacher import OracleTeacher, Teaching
+from dance_seg.errors import DataError
+from dance_seg.part import Part
+from dance_seg.predict import load_predictor
+from dance_seg.sample import Frame
+from dance_seg.stream import follow_stream
+from dance_seg.stream_pictures import MOST_EVENTS, SampleFrames
+from dance_seg.teachers import build_student, build_teacher, palette_of, recipe_hash, teacher_recipe, trained
+from datamodules.paced import paced
+from datamodules.video import build_source
+from tests.streams import FRAMES, rows_of, tiny_stream
+from tests.tiny import tiny
+
+
+def follow(recipe, folder, **given):
+    return follow_stream(recipe, build_source(recipe), folder, progress=False, say=lambda line: None, **given)
+
+
+def read(folder, name):
+    return json.loads((folder / name).read_text())
+
+
+def weights_of(folder):
+    return newest_valid(folder / "checkpoints", "step-*.ckpt")[1]["state_dict"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """The run folder of the whole tiny stream, with its film."""
+    folder = tmp_path_factory.mktemp("runs") / "undisturbed"
+    return follow(tiny_stream(), folder, overlay=folder.parent / "film.mp4")
+
+
+def assert_same_run(one, other):
+    assert rows_of(one) == rows_of(other)
+    first, second = weights_of(one), weights_of(other)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert read(one, "scores.json") == read(other, "scores.json")
+    pictures = [{p.name: p.read_bytes() for p in (run / "pictures").iterdir()} for run in (one, other)]
+    assert pictures[0] == pictures[1]
+
+
+def test_a_stream_leaves_a_row_for_each_frame_and_its_totals(undisturbed):
+    rows, scores, costs = rows_of(undisturbed), read(undisturbed, "scores.json"), read(undisturbed, "cost.json")
+    assert [row["step"] for row in rows] == list(range(FRAMES))
+    assert scores["frames"] == scores["frames_against_teacher"] == scores["frames_against_truth"] == FRAMES
+    assert scores["key_frames"] == sum(row["stream/key_frame"] for row in rows)
+    assert scores["updates"] == sum(row["stream/updates"] for row in rows) > 0
+    assert [row["step"] for row in rows if row["stream/cut"]] == [22]
+    assert costs["stream"]["counts"] == {
+        "student": FRAMES, "teacher": scores["key_frames"], "updates": scores["updates"],
+    }  # fmt: skip
+    assert costs["stream"]["gmacs"]["teacher_every_frame"] == FRAMES
+    assert costs["inference"]["input_size"] == [64, 64]
+    assert costs["stream"]["model"]["seconds"] > 0
+    assert read(undisturbed, "run.json")["finished"]
+    assert (undisturbed / "recipe.yaml").is_file()
+
+
+def test_the_first_frame_and_the_cut_are_among_the_sample_frames(undisturbed):
+    names = {path.name for path in (undisturbed / "pictures").iterdir()}
+    for index in (0, 22):
+        assert {f"{index:06d}_{kind}.png" for kind in ("image", "student", "teacher", "truth")} <= names
+
+
+@pytest.mark.parametrize("at", [1, 23])
+def test_a_stream_that_goes_on_ends_as_an_undisturbed_one(tmp_path, undisturbed, at):
+    follow(tiny_stream(), tmp_path / "run", stop_after=at)
+    assert "finished" not in read(tmp_path / "run", "run.json")
+    assert len(rows_of(tmp_path / "run")) == at
+    follow(tiny_stream(), tmp_path / "run")
+    assert_same_run(tmp_path / "run", undisturbed)
+
+
+def test_frames_past_the_newest_whole_checkpoint_are_followed_again(tmp_path, undisturbed):
+    for stop in (9, 10):
+        follow(tiny_stream(), tmp_path / "run", stop_after=stop)
+    (tmp_path / "run" / "checkpoints" / "step-00000019.ckpt").write_bytes(b"killed while writing")
+    with pytest.warns(UserWarning, match="damaged"):
+        follow(tiny_stream(), tmp_path / "run")
+    assert_same_run(tmp_path / "run", undisturbed)
+
+
+def test_a_signal_ends_it_after_the_frame_at_hand(tmp_path, undisturbed):
+    recipe = tiny_stream()
+    oracle = build_teacher(recipe, build_source(recipe))
+
+    class Interrupted(OracleTeacher):
+        def __call__(self, frame):
+            if frame.index == 5:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return oracle(frame)
+
+    before = signal.getsignal(signal.SIGTERM)
+    follow(recipe, tmp_path / "run", teacher=Interrupted(oracle.classes, macs=10**9))
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert len(rows_of(tmp_path / "run")) == 6
+    follow(recipe, tmp_path / "run")
+    assert_same_run(tmp_path / "run", undisturbed)
+
+
+def test_a_teacher_that_fails_stops_it_with_the_state_saved(tmp_path):
+    recipe = tiny_stream("distillation.teacher_failure=stop", "distillation.score_every_frame=false")
+    oracle = build_teacher(recipe, build_source(recipe))
+
+    class Failing(OracleTeacher):
+        def __call__(self, frame):
+            if frame.index >= 8:
+                raise RuntimeError("out of memory")
+            return oracle(frame)
+
+    with pytest.raises(TeacherError, match=r"out of memory.*state after \d+ frames is saved in"):
+        follow(recipe, tmp_path / "run", teacher=Failing(oracle.classes, macs=10**9))
+    stopped = len(rows_of(tmp_path / "run"))
+    assert 8 <= stopped < FRAMES
+    follow(recipe, tmp_path / "whole")
+    follow(recipe, tmp_path / "run")
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_video_that_cannot_be_read_on_stops_it_with_the_state_saved(tmp_path):
+    recipe, source = tiny_stream(), build_source(tiny_stream())
+    whole = source.frames
+
+    def frames(start=0):
+        for frame in whole(start):
+            if frame.index == 12:
+                raise DataError("film.mp4: frame 12 cannot be decoded")
+            yield frame
+
+    source.frames = frames
+    with pytest.raises(DataError, match=r"frame 12 cannot be decoded \(the state after 12 frames is saved"):
+        follow_stream(recipe, source, tmp_path / "run", progress=False)
+    assert newest_valid(tmp_path / "run" / "checkpoints")[1]["global_step"] == 12
+
+
+def test_weights_that_are_no_numbers_are_not_saved_over_good_ones(tmp_path):
+    recipe = tiny_stream("distillation.learning_rate=1e30", "trainer.save_every_minutes=1000")
+    with pytest.raises(ValueError, match=r"finite"):
+        follow(recipe, tmp_path / "run")
+    assert newest_valid(tmp_path / "run" / "checkpoints") is None
+
+
+def test_a_finished_stream_is_not_followed_again(undisturbed):
+    said = []
+    before = (undisturbed / "metrics.jsonl").read_bytes()
+    recipe = tiny_stream()
+    follow_stream(recipe, build_source(recipe), undisturbed, progress=False, say=said.append)
+    assert "is finished; give another name=" in said[0]
+    assert (undisturbed / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_folder_with_a_run_of_another_recipe_is_refused(undisturbed):
+    with pytest.raises(ValueError, match=r"another recipe .*distillation.threshold: 0.5 / 0.6"):
+        follow(tiny_stream("distillation.threshold=0.6"), undisturbed)
+
+
+def test_classes_of_teacher_and_video_that_differ_are_refused(tmp_path):
+    recipe = tiny_stream()
+    with pytest.raises(ValueError, match="the teacher alone has Bus"):
+        follow(recipe, tmp_path / "run", teacher=OracleTeacher(("Bus", "Road")))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_recipe_without_distillation_follows_nothing(tmp_path):
+    with pytest.raises(ValueError, match="no section distillation"):
+        follow_stream(tiny(), build_source(tiny_stream()), tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("teacher", "said"),
+    [
+        (Part("orakel"), "teacher.name is 'orakel'; choose one of"),
+        (Part("oracle", {"nois": 1}), "did you mean 'noise'"),
+        (Part("train", {"recipe": "recipes/shapes_dense.yaml"}), "nothing here can build its data"),
+        (Part("checkpoint", {"run": "runs/no_such_run"}), "no such run"),
+        (Part("recorded", {"folder": "/nowhere"}), "/nowhere"),
+    ],
+    ids=lambda value: value.name if isinstance(value, Part) else "",
+)
+def test_a_teacher_that_cannot_be_had_is_said(teacher, said):
+    recipe = tiny_stream(teacher=teacher)
+    with pytest.raises(ValueError, match=said):
+        build_teacher(recipe, build_source(recipe))
+
+
+def test_a_video_without_ground_truth_takes_the_classes_and_colours_of_its_teacher(undisturbed):
+    class Film:
+        name, label_table, frames_per_second, num_frames, classes, palette = "film", None, 25.0, None, (), ()
+
+    recipe = tiny_stream(teacher=Part("oracle", {"classes": ["road", "car"]}))
+    teacher = build_teacher(recipe, Film())
+    assert teacher.classes == ("road", "car")
+    assert len(set(palette_of(Film(), teacher))) == 2
+    recipe = tiny_stream(teacher=Part("checkpoint", {"run": str(undisturbed)}))
+    teacher = build_teacher(recipe, Film())
+    drawn = build_source(tiny_stream())
+    assert (teacher.classes, palette_of(Film(), teacher)) == (drawn.classes, drawn.palette)
+
+
+def test_what_was_followed_can_be_predicted_with_and_be_a_student_again(undisturbed):
+    predictor = load_predictor(undisturbed)
+    frame = next(build_source(tiny_stream()).frames(FRAMES - 1))
+    labels = predictor(frame.image)
+    assert labels.shape == (64, 64)
+    recipe = tiny_stream(model=Part("checkpoint", {"run": str(undisturbed)}))
+    student, rebuilt, structure = build_student(recipe, 11)
+    assert all(
+        torch.equal(student.state_dict()[k.removeprefix("model.")], v) for k, v in weights_of(undisturbed).items()
+    )
+    assert (rebuilt.model.name, structure) == ("jitnet", None)
+    warm, _, _ = build_student(tiny_stream(f"distillation.warm_start={undisturbed}"), 11)
+    assert torch.equal(warm.stem[0][0].weight, student.stem[0][0].weight)
+
+
+def test_a_film_shows_every_frame_and_one_of_a_run_that_goes_on_is_another(tmp_path, undisturbed):
+    film = cv2.VideoCapture(str(undisturbed.parent / "film.mp4"))
+    assert int(film.get(cv2.CAP_PROP_FRAME_COUNT)) == FRAMES
+    assert film.get(cv2.CAP_PROP_FPS) == 25
+    follow(tiny_stream(), tmp_path / "run", stop_after=24, overlay=tmp_path / "film.mp4")
+    follow(tiny_stream(), tmp_path / "run", overlay=tmp_path / "film.mp4")
+    rest = cv2.VideoCapture(str(tmp_path / "film_from_000024.mp4"))
+    assert int(rest.get(cv2.CAP_PROP_FRAME_COUNT)) == FRAMES - 24
+    assert sorted(path.suffix for path in tmp_path.glob("*.mp4")) == [".mp4", ".mp4"]
+
+
+def test_baselines_run_in_the_same_runner(tmp_path):
+    found = {}
+    for method in ("teacher", "frozen", "hold", "offline"):
+        follow(tiny_stream(f"distillation.method={method}"), tmp_path / method)
+        found[method] = read(tmp_path / method, "scores.json")
+    assert found["teacher"]["against_teacher"]["miou"] == 100
+    assert found["frozen"]["key_frames"] == found["frozen"]["updates"] == found["hold"]["updates"] == 0
+    assert found["hold"]["key_frames"] > 0
+    assert found["offline"]["frames_against_teacher"] == FRAMES - round(0.2 * FRAMES)
+
+
+def test_in_real_time_what_was_dropped_and_late_is_told(tmp_path):
+    recipe = tiny_stream("distillation.score_every_frame=false", "data.args.frames_per_second=200")
+    follow(recipe, tmp_path / "run", pace=lambda frames: paced(frames, queue=2))
+    scores, rows = read(tmp_path / "run", "scores.json"), rows_of(tmp_path / "run")
+    assert scores["real_time"]["dropped"] == FRAMES - len(rows)
+    assert scores["real_time"]["longest_delay"] >= 0
+    assert all("stream/delay_ms" in row for row in rows)
+
+
+class Tracker:
+    """Keeps what it is told."""
+
+    def __init__(self):
+        self.rows, self.pictures, self.finished = [], [], False
+
+    def log_metrics(self, row, step):
+        self.rows.append((step, row))
+
+    def log_images(self, key, images, masks, classes, step):
+        self.pictures.append((key, step, sorted(masks)))
+
+    def finish(self):
+        self.finished = True
+
+
+def test_the_tracker_sees_accuracy_stride_and_cost_and_is_ended(tmp_path, monkeypatch):
+    tracker, given = Tracker(), {}
+
+    def made(folder, **options):
+        given.update(options)
+        return tracker
+
+    monkeypatch.setattr(dance_seg.stream, "guarded_wandb_logger", made)
+    follow(tiny_stream("trainer.log_every=10"), tmp_path / "run")
+    keys = {row["step"] for row in rows_of(tmp_path / "run") if row["stream/key_frame"]}
+    assert {step for step, _ in tracker.rows} == keys | set(range(0, FRAMES, 10))
+    _, row = tracker.rows[-1]
+    assert {"stream/accuracy", "stream/stride", "cost/times_cheaper"} <= row.keys()
+    assert tracker.pictures[0] == ("stream/samples", 0, ["student", "teacher", "truth"])
+    assert tracker.finished
+    assert given["tags"][0] == "online"  # "distillation" is added by the section of that name
+
+
+# Teachers that are trained -----------------------------------------------------------------------------------------
+
+
+def test_a_teacher_is_trained_once_for_each_recipe(tmp_path, monkeypatch):
+    calls = []
+
+    def train(recipe, datamodule, folder):
+        calls.append((recipe.name, datamodule))
+        folder.mkdir(parents=True)
+        (folder / "run.json").write_text('{"finished": "now"}')
+
+    monkeypatch.setattr(dance_seg.build, "train", train)
+    one = trained(tiny(), tmp_path, lambda recipe: "data")
+    assert trained(tiny("data.args.workers=2", "name=other"), tmp_path, lambda recipe: "data").name != one.name
+    assert trained(tiny("data.args.workers=2"), tmp_path, lambda recipe: "data") == one
+    assert calls == [(one.name, "data"), ("other-" + recipe_hash(tiny()), "data")]
+    assert trained(tiny("trainer.max_epochs=2"), tmp_path, lambda recipe: "data") != one
+
+
+def test_a_teacher_of_the_same_data_set_reads_where_the_video_is(tmp_path):
+    stream = tiny_stream("tracking.wandb=offline", data=Part("video_camvid", {"root": "/there"}))
+    made = teacher_recipe("recipes/camvid_dense.yaml", ["data.args.hold_out='0016E5'"], stream)
+    assert (made.data.args["root"], made.data.args["hold_out"], made.tracking.wandb) == ("/there", "0016E5", "offline")
+    kept = teacher_recipe("recipes/camvid_dense.yaml", ["data.args.root=/elsewhere"], stream)
+    assert kept.data.args["root"] == "/elsewhere"
+    assert "root" not in teacher_recipe("recipes/shapes_dense.yaml", [], stream).data.args
+
+
+# Sample frames -----------------------------------------------------------------------------------------------------
+
+
+def followed_frame(index, *, key_frame=False, cut=False, updates=0):
+    blank = np.zeros((2, 2), np.uint8)
+    frame = Frame(index, 0.0, np.zeros((2, 2, 3), np.uint8), None, cut)
+    before = 0.5 if key_frame else None
+    teaching = Teaching(blank) if key_frame else None
+    return Followed(frame, blank, blank, teaching, key_frame, updates, before, before, 8, {})
+
+
+def test_cuts_and_the_two_key_frames_after_them_are_kept_and_their_number_is_bounded(tmp_path):
+    samples = SampleFrames(tmp_path, [(0, 0, 0)], 10_000)
+    kept = [
+        index
+        for index in range(10_000)
+        if samples.wants(followed_frame(index, key_frame=index % 8 == 0, cut=index % 500 == 3))
+    ]
+    assert kept[:4] == [0, 3, 8, 16]  # the first, the first cut, two key frames
+    assert 503 in kept
+    assert sum(index % 500 == 3 for index in kept) == MOST_EVENTS
+    assert len(kept) < 30
+
+
+def test_where_nobody_knows_cuts_a_loss_of_accuracy_is_kept(tmp_path):
+    samples = SampleFrames(tmp_path, [(0, 0, 0)], None)
+    samples.wants(followed_frame(0, key_frame=True, cut=None))
+    assert not samples.wants(followed_frame(16, key_frame=True, cut=None))  # still right
+    assert samples.wants(followed_frame(32, key_frame=True, cut=None, updates=3))  # no longer
+    assert not samples.wants(followed_frame(33, cut=None))

@@ -1,0 +1,69 @@
+"""The benchmark of online distillation, on a stream of a few frames with a teacher of one convolution."""
+
+import pytest
+import torch
+
+from dance_seg.distillation.teacher import NetworkTeacher
+from dance_seg.teachers import build_student
+from datamodules.video import build_source
+from tests.streams import tiny_stream
+from tools.bench import distill
+
+FRAMES = 20
+
+
+@pytest.fixture(scope="module")
+def setting():
+    recipe = tiny_stream(f"data.args.num_frames={FRAMES}", "data.args.cuts=[10]")
+    source = build_source(recipe)
+    torch.manual_seed(0)
+    teacher = NetworkTeacher(torch.nn.Conv2d(3, 11, 1), source.classes, device="cpu")
+    student, _, _ = build_student(recipe, 11)
+    empty = distill.Setting(source, [], teacher, student, recipe.distillation, [], {}, recipe.seed)
+    return distill.recorded(empty, source)
+
+
+@pytest.fixture(scope="module")
+def rows(setting):
+    return distill.table(setting)
+
+
+def test_every_method_follows_the_same_frames_and_the_teacher_agrees_with_itself(rows):
+    assert list(rows) == list(distill.METHODS)
+    assert rows["teacher on every frame"]["miou_vs_teacher"] == 100
+    assert rows["teacher on every frame"]["times_cheaper_macs"] == 1
+    assert all(row["miou_vs_truth"] is not None for row in rows.values())
+
+
+def test_the_mask_is_held_between_the_key_frames_of_the_online_run(rows):
+    online, hold = rows["online, geometric"], rows["last mask held"]
+    assert hold["asked"] == online["asked"]
+    assert hold["teacher_fraction"] == online["teacher_fraction"] == len(online["asked"]) / FRAMES
+    # Held masks cost nothing but the teacher.
+    assert hold["times_cheaper_macs"] == FRAMES / len(online["asked"])
+
+
+def test_all_methods_begin_with_the_same_weights_and_leave_them_as_they_are(setting):
+    before = [weight.clone() for weight in setting.student.parameters()]
+    first = distill.followed_row(setting, setting.options)
+    again = distill.followed_row(setting, setting.options)
+    assert first["miou_vs_teacher"] == again["miou_vs_teacher"]
+    assert all(torch.equal(a, b) for a, b in zip(before, setting.student.parameters(), strict=True))
+
+
+def test_the_offline_student_and_all_others_are_compared_on_what_it_did_not_learn_from(rows):
+    offline = rows["student trained offline"]
+    assert offline["miou_vs_teacher"] == offline["miou_vs_teacher_rest"]
+    assert all(row["miou_vs_teacher_rest"] is not None for row in rows.values())
+
+
+def test_a_key_frame_of_eight_updates_is_measured_beside_its_parts(setting):
+    found = distill.speed(setting, (64, 64), runs=1)
+    assert set(found) == {"student_vs_teacher_ms", "key_frame_overhead"}
+    assert all(value["median"] > 0 for value in found.values())
+
+
+def test_the_table_has_a_line_for_each_method(rows):
+    lines = distill.markdown("A stream", rows).splitlines()
+    assert len(lines) == 4 + len(rows)
+    assert len({line.count("|") for line in lines[2:]}) == 1

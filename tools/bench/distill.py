@@ -1,0 +1,324 @@
+"""Online distillation beside its teacher and the baselines, in mIoU, measured milliseconds and MACs.
+
+    python -m tools.bench.distill [key=value ...] [--root DIR] [--quick]
+
+The options are those of recipes/video_shapes.yaml, which overrides change; a larger teacher is trained once on drawn
+scenes and kept under runs/teachers by the hash of its recipe, and so is the student's beginning, trained on the same
+scenes, since a student that follows a stream starts from weights trained elsewhere. With --root the same table is made
+on CamVid's clip by recipes/video_camvid.yaml. Every method sees the same frames and is scored, before it learns from a
+frame, against the labels that the teacher gave in one pass over the stream. --quick is to try it: small, and no result.
+"""
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+from dance_seg.distillation.learning import attempt, images_of, target_of
+from dance_seg.distillation.objects import weighted_cross_entropy
+from dance_seg.distillation.online import follow
+from dance_seg.distillation.options import OnlineDistillation
+from dance_seg.distillation.scores import StreamScores, pricing
+from dance_seg.distillation.state import StreamState
+from dance_seg.distillation.teacher import NetworkTeacher
+from dance_seg.part import Part
+from dance_seg.recipe import Recipe, load_recipe
+from dance_seg.sample import Frame
+from dance_seg.teachers import build_student, checkpoint_teacher, recipe_hash, teacher_recipe, trained
+from datamodules import build_datamodule
+from datamodules.video import VideoSource, build_source
+from tools.bench.common import interleave, ratio, spread, write_result
+from tools.cli import parser, run
+
+TEACHERS = Path("runs/teachers")
+UPDATES = 8  # of the key frame whose overhead is measured
+SPEED_SIZE = (360, 480)
+LARGE_TEACHER = (
+    "name=bench_teacher",
+    "model.args.arch=deeplabv3",
+    "model.args.encoder_name=resnet101",
+    "data.args.num_train=400",
+    "data.args.size=[192,256]",
+    "data.args.crop=[192,256]",
+    "trainer.max_epochs=30",
+    "trainer.precision=bf16-mixed",
+)
+QUICK_TEACHER = (
+    "name=bench_teacher_quick",
+    "data.args.num_train=16",
+    "data.args.num_val=4",
+    "data.args.size=[64,96]",
+    "data.args.crop=[64,96]",
+    "data.args.batch_size=4",
+    "trainer.max_epochs=2",
+)
+STREAM = ("data.args.num_frames=1500", "data.args.size=[192,256]", "data.args.scene_frames=250")
+QUICK_STREAM = ("data.args.num_frames=96", "data.args.size=[64,96]", "data.args.scene_frames=48")
+QUICK_CAMVID = (
+    "data.args.resolution=0.2",
+    "data.args.crop=[64,96]",
+    "trainer.max_epochs=2",
+    "trainer.validate_every=2",
+)
+METHODS: dict[str, dict[str, Any]] = {
+    "online, geometric": {"method": "online", "controller": "geometric"},
+    "online, linear": {"method": "online", "controller": "linear"},
+    "teacher on every frame": {"method": "teacher"},
+    "frozen student": {"method": "frozen"},
+    "last mask held": {"method": "hold"},
+    "student trained offline": {"method": "offline"},
+}
+COLUMNS = {
+    "mIoU vs teacher": ("miou_vs_teacher", ".1f"),
+    "vs truth": ("miou_vs_truth", ".1f"),
+    "vs teacher, last part": ("miou_vs_teacher_rest", ".1f"),
+    "vs truth, last part": ("miou_vs_truth_rest", ".1f"),
+    "teacher on": ("teacher_fraction", ".1%"),
+    "updates": ("updates", ",d"),
+    "times cheaper, ms": ("times_cheaper_ms", ".1f"),
+    "times cheaper, MACs": ("times_cheaper_macs", ".1f"),
+    "stability": ("stability", ".1f"),
+}
+STATIONARY = {"stationary": True, "cuts": None}
+
+
+class Setting(NamedTuple):
+    """A stream with its teacher, the student all methods begin with, and the teacher's labels of every frame."""
+
+    source: VideoSource
+    frames: list[Frame]
+    teacher: NetworkTeacher
+    student: nn.Module
+    options: OnlineDistillation
+    labels: list[np.ndarray]
+    teacher_row: dict[str, Any]
+    seed: int
+
+
+def main() -> int:
+    """Train what is needed once, measure, write runs/bench/distill.json and the tables beside it."""
+    arguments_parser = parser(__doc__ or "")
+    arguments_parser.add_argument("overrides", metavar="key=value", nargs="*", help="of the streams' recipes")
+    arguments_parser.add_argument("--root", metavar="DIR", help="CamVid, to make the table on its clip too")
+    arguments_parser.add_argument("--runs", type=int, default=5, help="rounds of the speed measurements; default 5")
+    arguments_parser.add_argument("--low-threshold", type=float, default=0.6, help="of the cheaper stream; default 0.6")
+    arguments_parser.add_argument("--student-epochs", type=int, default=10, help="before the stream; default 10")
+    arguments_parser.add_argument("--threads", type=int, default=1, help="of the processor, for torch; default 1")
+    arguments_parser.add_argument("--quick", action="store_true", help="small networks, frames and runs, to try it")
+    arguments = arguments_parser.parse_intermixed_args()
+    quick = arguments.quick
+    stream = [*(QUICK_STREAM if quick else STREAM), "tracking.wandb=disabled", *arguments.overrides]
+    recipe = load_recipe("recipes/video_shapes.yaml", stream)
+    teacher = teacher_recipe("recipes/shapes_dense.yaml", QUICK_TEACHER if quick else LARGE_TEACHER, recipe)
+    epochs = 1 if quick else arguments.student_epochs
+    setting = prepared(recipe, teacher, epochs, arguments.threads)
+    ratios: dict[str, dict[str, float]] = {}
+    notes: dict[str, Any] = {"quick": "yes: no result" if quick else "no", "threads": torch.get_num_threads()}
+    notes |= {"threshold": setting.options.threshold, "low_threshold": arguments.low_threshold}
+    size = (96, 128) if quick else SPEED_SIZE
+    ratios |= speed(setting, size, 2 if quick else arguments.runs)
+    rows = table(setting)
+    online = rows["online, geometric"]
+    low = followed_row(setting, replace(setting.options, threshold=arguments.low_threshold))
+    rows[f"online, geometric, threshold {arguments.low_threshold:g}"] = low
+    still = replace(recipe, data=Part("video_shapes", {**recipe.data.args, **STATIONARY}))
+    stationary = followed_row(recorded(setting, build_source(still)), setting.options)
+    ratios |= {
+        "cost_ratio": spread([online["times_cheaper_ms"]]),
+        "miou_vs_teacher": spread([online["miou_vs_teacher"]]),
+        "cost_ratio_low_threshold": spread([low["times_cheaper_ms"]]),
+        "miou_vs_teacher_low_threshold": spread([low["miou_vs_teacher"]]),
+        "stationary_teacher_fraction": spread([stationary["teacher_fraction"]]),
+    }
+    truth = setting.teacher_row["miou_vs_truth"]
+    notes |= {"teacher": f"{teacher.name}-{recipe_hash(teacher)}", "teacher_miou_vs_truth": truth}
+    notes |= {f"embedded: {name}": cells(row) for name, row in rows.items()}
+    text = markdown(f"Embedded stream, {len(setting.frames)} frames, teacher {truth:.1f} against ground truth", rows)
+    if arguments.root is not None:
+        clip_rows, clip_text = camvid(arguments.root, arguments.overrides, epochs, arguments.threads, quick=quick)
+        notes |= {f"camvid: {name}": cells(row) for name, row in clip_rows.items()}
+        text = f"{text}\n{clip_text}"
+    path = write_result("distill", arguments.runs, ratios, notes)
+    path.with_suffix(".md").write_text(text)
+    print(f"\n{text}\nThe last part is what the student trained offline did not learn from.")
+    return 0
+
+
+def camvid(
+    root: str, overrides: Sequence[str], epochs: int, threads: int, *, quick: bool
+) -> tuple[dict[str, dict[str, Any]], str]:
+    """The table on CamVid's clip; overrides of `data` are those of the embedded stream and are left out."""
+    kept = [override for override in overrides if not override.startswith("data.")]
+    smaller = ["data.args.resolution=0.2"] if quick else []
+    at = f"data.args.root={root}"
+    recipe = load_recipe("recipes/video_camvid.yaml", [at, *smaller, "tracking.wandb=disabled", *kept])
+    assert recipe.teacher is not None
+    given = recipe.teacher.args
+    teacher = teacher_recipe(given["recipe"], [*given["overrides"], *(QUICK_CAMVID if quick else ())], recipe)
+    setting = prepared(recipe, teacher, epochs, threads)
+    rows = table(setting)
+    truth = setting.teacher_row["miou_vs_truth"]
+    return rows, markdown(
+        f"CamVid's clip, {len(setting.frames)} frames, teacher {truth:.1f} against ground truth", rows
+    )
+
+
+def prepared(recipe: Recipe, teacher: Recipe, student_epochs: int, threads: int) -> Setting:
+    """Train teacher and student where that was not done before, and ask the teacher once for every frame."""
+    assert recipe.distillation is not None
+    run_of_teacher = trained(teacher, TEACHERS, build_datamodule)
+    beginning = replace(
+        teacher,
+        name=f"{teacher.name}_student",
+        model=recipe.model,
+        network_slimming=None,
+        trainer=replace(teacher.trainer, max_epochs=student_epochs, validate_every=student_epochs),
+    )
+    options = replace(recipe.distillation, warm_start=str(trained(beginning, TEACHERS, build_datamodule)))
+    torch.set_num_threads(threads)
+    source = build_source(recipe)
+    student, _, _ = build_student(replace(recipe, distillation=options), len(source.classes))
+    made = checkpoint_teacher(str(run_of_teacher), resolution=1.0)
+    empty = Setting(source, [], made, student, options, [], {}, recipe.seed)
+    return recorded(empty, source)
+
+
+def recorded(setting: Setting, source: VideoSource) -> Setting:
+    """The setting on a stream, with the teacher's labels of its frames from one pass, which is a method of its own."""
+    frames = list(source.frames())
+    setting = setting._replace(source=source, frames=frames, labels=[])
+    labels: list[np.ndarray] = []
+    row = followed_row(setting, replace(setting.options, method="teacher"), keep=labels)
+    return setting._replace(labels=labels, teacher_row=row)
+
+
+def table(setting: Setting) -> dict[str, dict[str, Any]]:
+    """Every method on the same stream; the last mask is held between the key frames of the geometric controller."""
+    rows: dict[str, dict[str, Any]] = {}
+    for name, changes in METHODS.items():
+        print(f"  {name} ...", flush=True)
+        if changes["method"] == "teacher":
+            rows[name] = setting.teacher_row
+            continue
+        asked = rows["online, geometric"]["asked"] if changes["method"] == "hold" else None
+        rows[name] = followed_row(setting, replace(setting.options, **changes), key_frames=asked)
+    return rows
+
+
+def followed_row(
+    setting: Setting,
+    options: OnlineDistillation,
+    *,
+    key_frames: Sequence[int] | None = None,
+    keep: list[np.ndarray] | None = None,
+) -> dict[str, Any]:
+    """Follow the stream by one method from the same first weights; its row of the table."""
+    student = copy.deepcopy(setting.student)
+    first_scored = max(1, round(options.offline_share * len(setting.frames)))  # offline learns from what is before
+    price = pricing(student, setting.teacher, options)
+    whole = StreamScores(setting.teacher.classes, options, price=price, stability=True)
+    rest = StreamScores(setting.teacher.classes, options, score_from=first_scored)
+    asked = []
+    stream = follow(
+        setting.frames,
+        student,
+        setting.teacher,
+        options,
+        num_frames=len(setting.frames),
+        seed=setting.seed,
+        key_frames=None if key_frames is None else set(key_frames),
+    )
+    for place, followed in enumerate(stream):
+        labels = setting.labels[place] if setting.labels else followed.prediction
+        if keep is not None:
+            keep.append(followed.prediction)
+        if followed.key_frame:
+            asked.append(followed.frame.index)
+        whole.add(followed, labels)
+        rest.add(followed, labels)
+    scores, last, costs = whole.record(), rest.record(), whole.costs()
+    ratios = costs["times_cheaper"]
+    once = costs["milliseconds"]["teacher"] or setting.teacher_row["milliseconds"]["teacher"]
+    spent = sum(costs["seconds"].values())
+
+    def miou(record: Mapping[str, Any], key: str) -> float | None:
+        return None if record[key] is None else record[key]["miou"]
+
+    return {
+        "miou_vs_teacher": miou(scores, "against_teacher"),
+        "miou_vs_truth": miou(scores, "against_truth"),
+        "miou_vs_teacher_rest": miou(last, "against_teacher"),
+        "miou_vs_truth_rest": miou(last, "against_truth"),
+        "teacher_fraction": scores["teacher_fraction"],
+        "updates": scores["updates"],
+        "times_cheaper_ms": len(setting.frames) * once / 1000 / spent if spent else None,
+        "times_cheaper_macs": ratios["macs"],
+        "stability": scores["stability"]["student"],
+        "milliseconds": costs["milliseconds"],
+        "asked": asked,
+    }
+
+
+def speed(setting: Setting, size: tuple[int, int], runs: int) -> dict[str, dict[str, float]]:
+    """One student's prediction against one of the teacher's, and a key frame against its parts, at a size (H, W)."""
+    frame = next(build_source(Part("video_shapes", {"num_frames": 1, "size": list(size)})).frames())
+    student, teacher = copy.deepcopy(setting.student), setting.teacher
+    options = replace(setting.options, method="online", threshold=1 - 1e-9, u_max=UPDATES, restore_best=False)
+    images = images_of(student, frame, options)
+    times = interleave(
+        {
+            "teacher": lambda: teacher(frame),
+            "student": lambda: attempt(student, images_of(student, frame, options), size, gradients=False),
+        },
+        runs,
+    )
+    state = StreamState.start(student, teacher.classes, options)
+    alone = StreamState.start(copy.deepcopy(setting.student), teacher.classes, options)
+    target = target_of(alone, teacher(frame), images)
+    updates = []
+
+    def key_frame() -> None:
+        here = frame._replace(index=state.position)
+        (followed,) = follow([here], student, teacher, options, state=state, key_frames={here.index})
+        updates.append(followed.updates)
+
+    def its_parts() -> None:
+        teacher(frame)
+        for _ in range(UPDATES):
+            loss = weighted_cross_entropy(alone.student(images), target.labels, target.weights).mean()
+            alone.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            alone.optimizer.step()
+
+    overhead = interleave({"key frame": key_frame, "its parts": its_parts}, runs)
+    if set(updates) != {UPDATES}:
+        raise ValueError(f"key frames took {sorted(set(updates))} updates and not {UPDATES}; the overhead is of none")
+    return {
+        "student_vs_teacher_ms": ratio(times["teacher"], times["student"]),
+        "key_frame_overhead": ratio(overhead["key frame"], overhead["its parts"]),
+    }
+
+
+def markdown(title: str, rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """The table of methods, to be read and to be kept.
+
+    >>> print(markdown("A stream", {"frozen": {"miou_vs_teacher": 50.0}}).splitlines()[-1])
+    | frozen | 50.0 | – | – | – | – | – | – | – | – |
+    """
+    lines = [f"{title}:", "", f"| method | {' | '.join(COLUMNS)} |", f"|---|{'---:|' * len(COLUMNS)}"]
+    lines += [f"| {name} | {' | '.join(cells(row).values())} |" for name, row in rows.items()]
+    return "\n".join(lines) + "\n"
+
+
+def cells(row: Mapping[str, Any]) -> dict[str, str]:
+    """A row's figures as texts by column."""
+    return {title: "–" if row.get(key) is None else format(row[key], form) for title, (key, form) in COLUMNS.items()}
+
+
+if __name__ == "__main__":
+    run(main)
