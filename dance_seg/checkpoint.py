@@ -99,6 +99,12 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     return record
 
 
+def forget_older(folder: Path) -> None:
+    """Let go of all but the two newest checkpoints of a run, so that one is whole whatever happens to the other."""
+    for old in sorted(folder.glob("step-*.ckpt"))[:-2]:
+        old.unlink()
+
+
 def newest_valid(folder: str | Path, pattern: str = "*.ckpt") -> tuple[Path, dict[str, Any]] | None:
     """The checkpoint of a folder that is furthest in training and whole, with its record; None when there is none.
 

@@ -6,10 +6,12 @@ flow is OpenCV's DIS and not FlowNet2, so figures of the two do not compare; lab
 pixels seen in one frame only are left out, by comparing the flow forward and backward.
 """
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
+import torch
 
 from dance_seg.metrics import confusion_matrix, scores
 from dance_seg.sample import IGNORE
@@ -39,6 +41,22 @@ class TemporalConsistency:
     def start(self) -> None:
         """Begin another clip: the next frame has none before it."""
         self._previous = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that was counted and the frame to go on from, as plain data and tensors."""
+        previous = self._previous
+        return {
+            "matrix": torch.from_numpy(self.matrix.copy()),
+            "frame_pairs": self.frame_pairs,
+            "pixels": self.pixels,
+            "previous": None if previous is None else [torch.tensor(part) for part in previous],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on counting where a state says."""
+        self.matrix, self.frame_pairs, self.pixels = state["matrix"].numpy(), state["frame_pairs"], state["pixels"]
+        previous = state["previous"]
+        self._previous = None if previous is None else (previous[0].numpy(), previous[1].numpy())
 
     def update(self, frame: np.ndarray, prediction: np.ndarray) -> None:
         """Add the next frame, RGB uint8 (H, W, 3), and its predicted train ids, uint8 (H, W).

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 import cv2
 import numpy as np
 
+from dance_seg.normalise import downsampled
+
 if TYPE_CHECKING:
     from PIL import Image
 
@@ -59,18 +61,6 @@ def load_predictor(path: str | Path, *, checkpoint: str = "best", resolution: fl
     if path.suffix.lower() == ".onnx":
         return _onnx_predictor(path, resolution)
     return _torch_predictor(path, checkpoint, resolution)
-
-
-def downsampled(image: np.ndarray, resolution: float) -> np.ndarray:
-    """The image at a fraction of its size as evaluation has it: areas averaged.
-
-    >>> downsampled(np.zeros((45, 60, 3), np.uint8), 0.5).shape
-    (22, 30, 3)
-    """
-    if resolution == 1:
-        return image
-    height, width = (max(1, round(side * resolution)) for side in image.shape[:2])
-    return cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
 
 
 def palette_picture(labels: np.ndarray, palette: Sequence[Sequence[int]]) -> "Image.Image":

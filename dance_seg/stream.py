@@ -25,17 +25,18 @@ import numpy as np
 import torch
 from torch import nn
 
-from dance_seg.checkpoint import newest_valid, save_checkpoint
+from dance_seg.checkpoint import forget_older, newest_valid, save_checkpoint
 from dance_seg.cost.macs import count_macs
 from dance_seg.distillation.learning import attempt, images_of, learn
 from dance_seg.distillation.online import Followed, TeacherError, figures, follow
 from dance_seg.distillation.real_time import follow_in_real_time
-from dance_seg.distillation.scores import Counts, StreamScores, Window, pricing, scored
+from dance_seg.distillation.scores import StreamScores, pricing, scored
 from dance_seg.distillation.state import StreamState
-from dance_seg.distillation.teacher import Teacher, check_classes, input_size
+from dance_seg.distillation.teacher import Teacher, check_classes
 from dance_seg.errors import DataError
 from dance_seg.machine import write_text
 from dance_seg.metrics_file import MetricsFile
+from dance_seg.normalise import downsampled_size
 from dance_seg.randomness import Stream, seed_torch
 from dance_seg.recipe import Recipe, recipe_record
 from dance_seg.run_folder import note, notes, open_folder, run_id
@@ -45,7 +46,6 @@ from dance_seg.teachers import Source, build_student, build_teacher, palette_of
 from dance_seg.tracking import guarded_wandb_logger
 
 WINDOW = 100  # frames over which the progress bar averages accuracy
-KEPT_CHECKPOINTS = 2
 
 
 class Pace(Protocol):
@@ -196,7 +196,7 @@ class StreamRunFiles:
             self.state.restore({**stream["state"], "student": weights})
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
-        restore_scores(self.scores, stream["scores"])
+        self.scores.load_state_dict(stream["scores"])
         self.samples.counts = dict(stream["samples"])
         self._saved_position = self.state.position
         self.metrics.mark_resumed(self.state.position - 1)
@@ -239,13 +239,12 @@ class StreamRunFiles:
             "global_step": self.state.position,
             "dance_seg": self._record,
             "state_dict": {f"model.{name}": tensor for name, tensor in student.items()},
-            "stream": {"state": state, "scores": scores_record(self.scores), "samples": dict(self.samples.counts)},
+            "stream": {"state": state, "scores": self.scores.state_dict(), "samples": dict(self.samples.counts)},
             **({"structure": self.structure} if self.structure is not None else {}),
         }
         folder = self.folder / "checkpoints"
         save_checkpoint(checkpoint, folder / f"step-{self.state.position:08d}.ckpt")
-        for old in sorted(folder.glob("step-*.ckpt"))[:-KEPT_CHECKPOINTS]:
-            old.unlink()
+        forget_older(folder)
         self.metrics.sync()
         self._saved_at, self._saved_position = time.monotonic(), self.state.position
         if self._alone is not None:
@@ -266,13 +265,8 @@ class StreamRunFiles:
         if self._last is not None:
             assert self.recipe.distillation is not None
             height, width = self._last.image.shape[:2]
-            one = count_macs(self.state.student, input_size((height, width), self.recipe.distillation.resolution))
-            costs["inference"] = {
-                "gmacs": one.macs / 1e9,
-                "parameters": one.parameters,
-                "input_size": list(one.input_size),
-                "uncounted": list(one.uncounted),
-            }
+            seen = downsampled_size((height, width), self.recipe.distillation.resolution)
+            costs["inference"] = count_macs(self.state.student, seen).as_record()
         write_text(self.folder / "cost.json", _json(costs))
 
 
@@ -374,65 +368,6 @@ class ProgressBar:
 
 
 # Scores that outlive an interruption ------------------------------------------------------------------------------
-
-_MATRICES = ("against_teacher", "against_truth", "teacher_against_truth")
-_COUNTERS = ("start", "frames", "taught", "updates", "frames_against_teacher", "frames_against_truth")
-_SUMS = ("seconds", "counts", "macs", "teacher_macs", "_macs_known", "judging_seconds")
-
-
-def scores_record(scores: StreamScores) -> dict[str, Any]:
-    """All that scores have counted so far, as plain data and tensors."""
-    return {
-        **{name: copy.deepcopy(getattr(scores, name)) for name in _SUMS},
-        "total": _counts_record(scores.total),
-        "current": None if scores._current is None else _counts_record(scores._current),
-        "windows": [list(window) for window in scores.windows],
-        "recent": {part: list(times) for part, times in scores._recent.items()},
-        "stability": {
-            who: {
-                "matrix": torch.from_numpy(found.matrix.copy()),
-                "frame_pairs": found.frame_pairs,
-                "pixels": found.pixels,
-                "previous": None if found._previous is None else [torch.tensor(part) for part in found._previous],
-            }
-            for who, found in scores._stability.items()
-        },
-        "last": None if scores._last is None else [scores._last.index, list(scores._last.image.shape)],
-    }
-
-
-def restore_scores(scores: StreamScores, record: Mapping[str, Any]) -> None:
-    """Go on counting where a record says."""
-    for name in _SUMS:
-        setattr(scores, name, copy.deepcopy(record[name]))
-    scores.total = _counts_of(record["total"], len(scores.classes))
-    scores._current = None if record["current"] is None else _counts_of(record["current"], len(scores.classes))
-    scores.windows = [Window(*window) for window in record["windows"]]
-    for part, times in record["recent"].items():
-        scores._recent[part].extend(times)
-    for who, kept in record["stability"].items():
-        if who in scores._stability:
-            found = scores._stability[who]
-            found.matrix, found.frame_pairs, found.pixels = kept["matrix"].numpy(), kept["frame_pairs"], kept["pixels"]
-            previous = kept["previous"]
-            found._previous = None if previous is None else (previous[0].numpy(), previous[1].numpy())
-    if record["last"] is not None:
-        index, shape = record["last"]
-        scores._last = Frame(index, 0.0, np.empty(shape, np.uint8))  # its place and size are all that is asked of it
-
-
-def _counts_record(counts: Counts) -> dict[str, Any]:
-    plain = {name: getattr(counts, name) for name in _COUNTERS}
-    return plain | {name: torch.from_numpy(getattr(counts, name).copy()) for name in _MATRICES}
-
-
-def _counts_of(record: Mapping[str, Any], num_classes: int) -> Counts:
-    counts = Counts(num_classes)
-    for name in _COUNTERS:
-        setattr(counts, name, record[name])
-    for name in _MATRICES:
-        setattr(counts, name, record[name].numpy().copy())
-    return counts
 
 
 def _json(record: Mapping[str, Any]) -> str:

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
 from dance_seg.data_slimming.adaptive import AdaptiveResolution
+from dance_seg.normalise import downsampled
 from dance_seg.randomness import Stream, generator, paired_generators
 from dance_seg.sample import IGNORE, Batch, Draw, Sample
 from datamodules.image_files import decodes
@@ -218,11 +219,9 @@ class EvaluationImages(Dataset):
         scale = self.resolution
         if self.adaptive is not None:
             scale *= self.adaptive.scale(image, self.source.names[index])
-        if scale < 1:
-            height, width = (max(1, round(side * scale)) for side in label.shape)
-            image = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
         return Batch(
-            images=torch.from_numpy(np.array(image)).permute(2, 0, 1)[None],  # copied: the source's may be read-only
+            # Copied, since the source's may be read-only.
+            images=torch.from_numpy(np.array(downsampled(image, scale))).permute(2, 0, 1)[None],
             labels=torch.from_numpy(np.array(label))[None],
             weights=torch.ones(1),
             names=(self.source.names[index],),

@@ -10,9 +10,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-import cv2
-
 from dance_seg.errors import DataError
+from dance_seg.normalise import downsampled
 from dance_seg.part import Part, build_part
 from dance_seg.sample import Frame
 from datamodules.camvid import camvid_split
@@ -149,9 +148,8 @@ class ImageFrames(LabelledVideo):
             if label.shape != image.shape[:2]:
                 raise DataError(f"{file.label} is {label.shape} and its image {image.shape[:2]} (H, W)")
         if self.resolution < 1:
-            size = [max(1, round(side * self.resolution)) for side in image.shape[:2]]
-            image = cv2.resize(image, size[::-1], interpolation=cv2.INTER_AREA)
-            label = None if label is None else resized_label(label, (size[0], size[1]))
+            image = downsampled(image, self.resolution)
+            label = None if label is None else resized_label(label, (image.shape[0], image.shape[1]))
         return Frame(index, index / self.frames_per_second, image, label, self.cut)
 
 

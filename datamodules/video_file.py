@@ -12,10 +12,10 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 
 from dance_seg.errors import DataError
+from dance_seg.normalise import downsampled
 from dance_seg.sample import Frame
 from datamodules.frame_checks import FrameChecks, Unreadable, checked
 from datamodules.image_files import MAX_PIXELS
@@ -104,8 +104,7 @@ class VideoFile(LabelledVideo):
     def _image(self, picture: Any) -> np.ndarray:
         image: np.ndarray = picture.to_ndarray(format="rgb24")
         if self.resolution < 1:
-            size = [max(1, round(side * self.resolution)) for side in image.shape[1::-1]]
-            image = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+            image = downsampled(image, self.resolution)
         quarters = round(picture.rotation / 90) % 4  # counter-clockwise
         return np.ascontiguousarray(np.rot90(image, quarters)) if quarters else image
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from pytorch_lightning import Callback, LightningModule, Trainer
 
-from dance_seg.checkpoint import load_checkpoint, newest_valid
+from dance_seg.checkpoint import forget_older, load_checkpoint, newest_valid
 
 LOOK_EVERY = 8  # steps between two looks at the clock, which ranks have to agree on
 
@@ -74,8 +74,7 @@ class Checkpoints(Callback):
         path = self.folder / f"step-{trainer.global_step:08d}.ckpt"
         trainer.save_checkpoint(path, weights_only=False)
         if trainer.is_global_zero:
-            for old in sorted(self.folder.glob("step-*.ckpt"))[:-2]:
-                old.unlink()
+            forget_older(self.folder)
         self._saved_at = time.monotonic()
 
 

@@ -111,13 +111,8 @@ class CostLedger(Callback):
 
 def write_cost(path: Path, spent: Ledger, costs: Sequence[Cost], shares: Sequence[float]) -> None:
     """Write cost.json: what training spent, and what one forward pass costs, the mean over the sizes of inference."""
-    largest = costs[-1]
-    inference: dict[str, Any] = {
-        "gmacs": sum(share * cost.macs for share, cost in zip(shares, costs, strict=True)) / 1e9,
-        "parameters": largest.parameters,
-        "input_size": list(largest.input_size),
-        "uncounted": list(largest.uncounted),
-    }
+    inference = costs[-1].as_record()  # of the largest size
+    inference["gmacs"] = sum(share * cost.macs for share, cost in zip(shares, costs, strict=True)) / 1e9
     if len(costs) > 1:
         inference["sizes"] = [[*cost.input_size, share] for share, cost in zip(shares, costs, strict=True)]
     write_text(path, json.dumps({"training": spent.summary(), "inference": inference}, indent=2) + "\n")

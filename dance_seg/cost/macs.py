@@ -42,6 +42,15 @@ class Cost:
     uncounted: tuple[str, ...]  # operations met and not counted; empty for our own models
     by_operation: Mapping[str, int] = field(default_factory=dict, hash=False)  # kind of operation -> MACs
 
+    def as_record(self) -> dict[str, Any]:
+        """What cost.json says of one forward pass."""
+        return {
+            "gmacs": self.macs / 1e9,
+            "parameters": self.parameters,
+            "input_size": list(self.input_size),
+            "uncounted": list(self.uncounted),
+        }
+
 
 @dataclass(frozen=True)
 class TrainingCost:

@@ -4,6 +4,7 @@ Only predictions made before anything was learnt from their frame are counted (`
 which the teacher's labels, or the ground truth, are known. Scores are points, 0 to 100.
 """
 
+import copy
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -11,6 +12,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from torch import nn
 
 from dance_seg.consistency import SMALLEST_SIDE, TemporalConsistency
@@ -18,10 +20,12 @@ from dance_seg.cost.macs import count_macs, count_training_macs
 from dance_seg.distillation.accuracy import foreground_of
 from dance_seg.distillation.online import Followed
 from dance_seg.distillation.options import OnlineDistillation
-from dance_seg.distillation.teacher import Teacher, input_size
+from dance_seg.distillation.teacher import Teacher
 from dance_seg.metrics import confusion_matrix, mean_of_present, scores
+from dance_seg.normalise import downsampled_size
 from dance_seg.sample import IGNORE, Frame
 
+_SUMS = ("seconds", "counts", "macs", "teacher_macs", "_macs_known", "judging_seconds")
 RECENT = 1001
 """Times of each part whose median is what it takes once: bounded, since streams are not."""
 
@@ -43,7 +47,7 @@ def pricing(student: nn.Module, teacher: Teacher, options: OnlineDistillation) -
 
     def price(size: tuple[int, int]) -> Price:
         if size not in known:
-            seen = input_size(size, options.resolution)
+            seen = downsampled_size(size, options.resolution)
             update = count_training_macs(student, seen).macs
             known[size] = Price(count_macs(student, seen).macs, teacher.macs(size), update)
         return known[size]
@@ -90,6 +94,19 @@ class Counts:
             np.zeros((num_classes, num_classes), np.int64) for _ in range(3)
         )
         self.frames_against_teacher, self.frames_against_truth = 0, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that was counted, as plain data and tensors."""
+        return {
+            name: torch.from_numpy(value.copy()) if isinstance(value, np.ndarray) else value
+            for name, value in vars(self).items()
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on counting where a state says."""
+        for name in vars(self):
+            value = state[name]
+            setattr(self, name, value.numpy().copy() if isinstance(value, torch.Tensor) else value)
 
 
 class StreamScores:
@@ -204,6 +221,37 @@ class StreamScores:
             every_frame = self.total.frames * alone["teacher"]
             found["model"] = {"seconds": modelled, "times_cheaper": every_frame / modelled if modelled else None}
         return found
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that was counted so far, as plain data and tensors."""
+        return {
+            **{name: copy.deepcopy(getattr(self, name)) for name in _SUMS},
+            "total": self.total.state_dict(),
+            "current": None if self._current is None else self._current.state_dict(),
+            "windows": [list(window) for window in self.windows],
+            "recent": {part: list(times) for part, times in self._recent.items()},
+            "stability": {who: found.state_dict() for who, found in self._stability.items()},
+            "last": None if self._last is None else [self._last.index, list(self._last.image.shape)],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on counting where a state says."""
+        for name in _SUMS:
+            setattr(self, name, copy.deepcopy(state[name]))
+        self.total.load_state_dict(state["total"])
+        self._current = None
+        if state["current"] is not None:
+            self._current = Counts(len(self.classes))
+            self._current.load_state_dict(state["current"])
+        self.windows = [Window(*window) for window in state["windows"]]
+        for part, times in state["recent"].items():
+            self._recent[part].extend(times)
+        for who, kept in state["stability"].items():
+            if who in self._stability:
+                self._stability[who].load_state_dict(kept)
+        if state["last"] is not None:
+            index, shape = state["last"]
+            self._last = Frame(index, 0.0, np.empty(shape, np.uint8))  # its place and size are all that is asked of it
 
     def _pay(self, followed: Followed, judging_seconds: float) -> None:
         for part, seconds in followed.seconds.items():

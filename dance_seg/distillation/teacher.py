@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-import cv2
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -17,7 +16,7 @@ from dance_seg.cost.macs import count_macs
 from dance_seg.errors import DataError
 from dance_seg.evaluator import labels_from_logits
 from dance_seg.inference import predict_labels
-from dance_seg.normalise import normalise
+from dance_seg.normalise import downsampled, downsampled_size, normalise
 from dance_seg.randomness import generator
 from dance_seg.sample import IGNORE, Frame
 
@@ -74,16 +73,8 @@ def network_input(image: np.ndarray, resolution: float, device: torch.device) ->
     >>> tuple(network_input(np.zeros((20, 30, 3), np.uint8), 0.5, torch.device("cpu")).shape)
     (1, 3, 10, 15)
     """
-    height, width = input_size((image.shape[0], image.shape[1]), resolution)
-    if (height, width) != image.shape[:2]:
-        image = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
-    pixels = torch.from_numpy(np.require(image, requirements=["C", "W"]))
+    pixels = torch.from_numpy(np.require(downsampled(image, resolution), requirements=["C", "W"]))
     return normalise(pixels[None].permute(0, 3, 1, 2), device)
-
-
-def input_size(size: tuple[int, int], resolution: float) -> tuple[int, int]:
-    """The size (H, W) at which a network sees a frame."""
-    return max(1, round(size[0] * resolution)), max(1, round(size[1] * resolution))
 
 
 class NetworkTeacher:
@@ -109,7 +100,7 @@ class NetworkTeacher:
     def macs(self, size: tuple[int, int]) -> int:
         """MACs of a frame of size (H, W), counted once for each size."""
         if size not in self._macs:
-            self._macs[size] = count_macs(self.model, input_size(size, self.resolution)).macs
+            self._macs[size] = count_macs(self.model, downsampled_size(size, self.resolution)).macs
         return self._macs[size]
 
     def __call__(self, frame: Frame) -> Teaching:

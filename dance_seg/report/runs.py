@@ -285,13 +285,13 @@ def read_run(folder: str | Path) -> Run:
         known = ", ".join(sorted(str(path.parent) for path in beside))
         raise ValueError(f"{folder}: {reason}; there are: {known or 'none, train one first'}")
     recipe, text = _read_recipe(folder / "recipe.yaml")
-    costs = _read_json(folder / "cost.json")
+    costs = read_json(folder / "cost.json")
     simplest, most_complex = _thumbnails(folder / "pictures")
     return Run(
         folder=folder,
         recipe=recipe,
         recipe_text=text,
-        circumstances=_read_json(folder / "run.json"),
+        circumstances=read_json(folder / "run.json"),
         rows=_read_rows(folder / "metrics.jsonl"),
         training=section(costs, "training"),
         inference=section(costs, "inference"),
@@ -354,7 +354,7 @@ def _read_recipe(path: Path) -> tuple[dict[str, Any], str]:
     return recipe, text
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; empty when there is no file."""
     if not path.is_file():
         return {}
@@ -368,7 +368,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _read_plan(path: Path) -> WholePlan | None:
-    record = _read_json(path)
+    record = read_json(path)
     if not record:
         return None
     scored = section(record, "complexity")
@@ -392,7 +392,7 @@ def _read_plan(path: Path) -> WholePlan | None:
 
 
 def _read_image_losses(path: Path) -> ImageLosses | None:
-    record = _read_json(path)
+    record = read_json(path)
     if not record:
         return None
     try:
@@ -404,7 +404,7 @@ def _read_image_losses(path: Path) -> ImageLosses | None:
 
 
 def _read_widths(path: Path) -> Widths | None:
-    record = _read_json(path)
+    record = read_json(path)
     if not record:
         return None
     try:

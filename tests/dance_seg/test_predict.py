@@ -11,10 +11,9 @@ from PIL import Image
 from dance_seg.errors import CheckpointError, DataError
 from dance_seg.export import export_onnx, export_safetensors
 from dance_seg.inference import predict_labels
-from dance_seg.normalise import normalise
+from dance_seg.normalise import downsampled, normalise
 from dance_seg.predict import (
     Predictor,
-    downsampled,
     figure,
     label_video,
     legend,
