@@ -55,3 +55,14 @@ class Frame(NamedTuple):
     image: np.ndarray  # RGB uint8 (H, W, 3)
     label: np.ndarray | None = None  # ground truth, class indices uint8 (H, W), where it exists
     cut: bool | None = None  # whether the scene changes with this frame; None where nobody knows
+
+
+class CoarseLogits(NamedTuple):
+    """Logits as the network makes them, and how to bring them to the size of the images.
+
+    Resize them bilinearly to `padded_size` and keep the first H rows and W columns, for images of H x W.
+    """
+
+    logits: "Tensor"  # (N, C, h, w)
+    padded_size: tuple[int, int]  # of the images as the network saw them
+    align_corners: bool  # how they are to be resized, in the sense of torch's interpolate

@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dance_seg.batch_norm import BnOnline, set_bn_online
-from dance_seg.models.smp import CoarseLogits, pad_to
+from dance_seg.models.smp import pad_to
+from dance_seg.sample import CoarseLogits
 
 STEM, ENCODER, DECODER, HEAD = (16, 64), (128, 128, 256), (256, 128, 64), (64, 16)
 

@@ -2,22 +2,13 @@
 
 import inspect
 from difflib import get_close_matches
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
-class CoarseLogits(NamedTuple):
-    """Logits as the network makes them, and how to bring them to the size of the images.
-
-    Resize them bilinearly to `padded_size` and keep the first H rows and W columns, for images of H x W.
-    """
-
-    logits: Tensor  # (N, C, h, w)
-    padded_size: tuple[int, int]  # of the images as the network saw them
-    align_corners: bool  # how they are to be resized, in the sense of torch's interpolate
+from dance_seg.sample import CoarseLogits
 
 
 class SmpModel(nn.Module):

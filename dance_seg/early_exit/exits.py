@@ -1,0 +1,86 @@
+"""What a network with several exits looks like: its exits come one after another, and what is not asked is not computed.
+
+N images, C classes, H and W rows and columns, K exits from shallow to deep. Published code of this kind runs every exit
+and simulates stopping; here the parts behind an exit have not run when it speaks, and images that leave are taken out
+of the batch, so that stopping saves time in batches too.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Generator, Sequence
+from typing import Any, NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dance_seg.sample import CoarseLogits
+
+Walk = Generator[CoarseLogits | None, Tensor | None, None]
+"""The exits of a batch, one after another; `send` the indices of the images that go on."""
+
+
+class Outputs(NamedTuple):
+    """What a network with exits returns while it trains."""
+
+    logits: tuple[Tensor, ...]  # of every exit, shallow to deep, (N, C, H, W) each
+    penalty: Tensor | None = None  # a scalar that the network itself adds to the loss
+
+
+class ExitNetwork(nn.Module, ABC):
+    """A network whose exits each give a full mask: images (N, 3, H, W), normalised -> logits (N, C, H, W), any H and W.
+
+    While it trains, `forward` returns the `Outputs` of all exits, so that every weight has its gradient on every rank;
+    in evaluation the logits of the last exit, with no other head computed.
+    """
+
+    num_exits: int
+    stride: int
+    minimum_size: int
+
+    @abstractmethod
+    def exits(self, images: Tensor, wanted: Sequence[bool] | None = None) -> Walk:
+        """The logits of each exit, shallow to deep, for the images that are still there.
+
+        An exit that is not `wanted` (by default all are) gives None, and its head does not run. Advance with
+        `send(kept)`, the indices (M,) of the images that go on among those still there, or with `next`, and all do.
+        What lies behind an exit runs only when the generator is advanced past it.
+        """
+
+    def forward(self, images: Tensor) -> Outputs | Tensor:
+        """All exits while training, the last one's logits (N, C, H, W) in evaluation."""
+        if not self.training:
+            return full_size(self.coarse_logits(images), images.shape[-2:])
+        found = [exit for exit in self.exits(images) if exit is not None]
+        return Outputs(tuple(full_size(logits, images.shape[-2:]) for logits in found))
+
+    def coarse_logits(self, images: Tensor) -> CoarseLogits:
+        """The last exit's logits as the network makes them; no other head runs."""
+        only_last = [False] * (self.num_exits - 1) + [True]
+        *_, last = self.exits(images, only_last)
+        assert last is not None
+        return last
+
+
+def full_size(coarse: CoarseLogits, size: Sequence[int]) -> Tensor:
+    """Logits (N, C, H, W) of the images, of size (H, W)."""
+    logits, padded_size, align_corners = coarse
+    if tuple(logits.shape[-2:]) != tuple(padded_size):
+        logits = F.interpolate(logits, size=padded_size, mode="bilinear", align_corners=align_corners)
+    return logits[..., : size[0], : size[1]]
+
+
+def select(features: Any, kept: Tensor | None) -> Any:
+    """What of the features goes on: rows `kept` of every tensor (N, ...) in lists, tuples and dictionaries of them.
+
+    None keeps all, without a copy.
+
+    >>> import torch
+    >>> select({"a": torch.arange(3), "b": [None]}, torch.tensor([2, 0]))
+    {'a': tensor([2, 0]), 'b': [None]}
+    """
+    if kept is None or features is None:
+        return features
+    if isinstance(features, Tensor):
+        return features.index_select(0, kept)
+    if isinstance(features, dict):
+        return {name: select(value, kept) for name, value in features.items()}
+    return type(features)([select(value, kept) for value in features])
