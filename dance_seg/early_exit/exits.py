@@ -1,4 +1,4 @@
-"""What a network with several exits looks like: its exits come one after another, and what is not asked is not computed.
+"""What a network with several exits looks like: they come one after another, and what is not asked is not computed.
 
 N images, C classes, H and W rows and columns, K exits from shallow to deep. Published code of this kind runs every exit
 and simulates stopping; here the parts behind an exit have not run when it speaks, and images that leave are taken out
