@@ -28,6 +28,7 @@ from dance_seg.callbacks import (
     checkpoint_of,
 )
 from dance_seg.checkpoint import atomic_checkpoint_io, newest_valid
+from dance_seg.early_exit.exits import ExitNetwork
 from dance_seg.machine import write_text
 from dance_seg.models import MODELS
 from dance_seg.module import SegmentationModule
@@ -78,6 +79,11 @@ def build_module(recipe: Recipe, model: nn.Module, datamodule: "SegmentationData
             f"loss.class_weights has {len(weights)} numbers; the data has {len(datamodule.classes)} classes: "
             f"{', '.join(datamodule.classes)}"
         )
+    if recipe.early_exit is not None and not isinstance(model, ExitNetwork):
+        raise ValueError(
+            f"early_exit is given and the model {recipe.model.name} has one exit; name a model with exits, or take the "
+            "section out"
+        )
     options = recipe.trainer
     if options.channels_last:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -88,6 +94,7 @@ def build_module(recipe: Recipe, model: nn.Module, datamodule: "SegmentationData
         optimizer=recipe.optimizer,
         batch_size=datamodule.batch_size,
         ema=options.ema,
+        early_exit=recipe.early_exit,
     )
     if options.compile:
         module.model.compile(dynamic=True)

@@ -23,6 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dance_seg.sample import CoarseLogits
+
 TIE = 2.0**-20
 """A lead below this share of the leading logit may be lost to rounding: four float32 roundings, of two values."""
 
@@ -82,6 +84,27 @@ def resized_argmax(logits_CHW: Tensor, size: tuple[int, int], *, align_corners: 
         return argmax(F.interpolate(logits[None], size=size, mode="bilinear", align_corners=align_corners)[0].numpy())
     labels = argmax_by_cells(logits.numpy(), size, align_corners)
     return argmax_of_every_pixel(logits, size, align_corners) if labels is None else labels
+
+
+def labels_of(coarse: CoarseLogits, image_size: Sequence[int], size: tuple[int, int]) -> Tensor:
+    """Class indices uint8 (N, H, W) on the CPU at `size`, of images that were shown at `image_size`.
+
+    Where that is the labels' own size the last interpolation is fused with the argmax, and full logits are never made.
+    """
+    if tuple(image_size) == size:
+        logits, resized_to, align_corners = coarse
+    else:
+        logits, resized_to, align_corners = full_size(coarse, image_size), size, False
+    labels = labels_from_logits(logits, resized_to, align_corners=align_corners)
+    return torch.from_numpy(np.stack([label[: size[0], : size[1]] for label in labels]))
+
+
+def full_size(coarse: CoarseLogits, size: Sequence[int]) -> Tensor:
+    """Logits (N, C, H, W) of the images, of size (H, W)."""
+    logits, padded_size, align_corners = coarse
+    if tuple(logits.shape[-2:]) != tuple(padded_size):
+        logits = F.interpolate(logits, size=padded_size, mode="bilinear", align_corners=align_corners)
+    return logits[..., : size[0], : size[1]]
 
 
 def labels_from_logits(

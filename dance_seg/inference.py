@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dance_seg.evaluator import labels_from_logits, refuse_not_finite
+from dance_seg.evaluator import labels_from_logits, labels_of, refuse_not_finite
 from dance_seg.metrics import Scores, confusion_matrix, scores
 from dance_seg.normalise import normalise
 
@@ -209,14 +209,9 @@ def predict_labels(model: nn.Module, images: Tensor, size: tuple[int, ...]) -> T
     Logits are interpolated bilinearly to `size` where the images were smaller than the labels.
     Raises ValueError when logits are not finite.
     """
-    height, width = size
-    if tuple(images.shape[-2:]) == (height, width) and hasattr(model, "coarse_logits"):
-        # The network's own last step is an interpolation: fused with the argmax, full logits are never made.
-        logits, resized_to, align_corners = model.coarse_logits(images)  # type: ignore[operator]
-    else:
-        logits, resized_to, align_corners = model(images), (height, width), False
-    labels = labels_from_logits(logits, resized_to, align_corners=align_corners)
-    return torch.from_numpy(np.stack([label[:height, :width] for label in labels]))
+    if not hasattr(model, "coarse_logits"):
+        return _labels(model(images), (size[0], size[1]))
+    return labels_of(model.coarse_logits(images), images.shape[-2:], (size[0], size[1]))  # type: ignore[operator]
 
 
 def mean_probabilities(model: nn.Module, images: Tensor, size: tuple[int, int], protocol: Protocol) -> Tensor:

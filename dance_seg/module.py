@@ -9,6 +9,8 @@ import torch
 from pytorch_lightning import LightningModule
 from torch import Tensor, nn
 
+from dance_seg.early_exit.exits import ExitNetwork, Outputs, every_exit
+from dance_seg.early_exit.learning import EarlyExit, exit_losses
 from dance_seg.inference import predict_labels
 from dance_seg.losses import Loss, per_sample_loss, weighted_mean
 from dance_seg.metrics import ConfusionMatrix
@@ -24,7 +26,8 @@ from dance_seg.sample import Batch
 class SegmentationModule(LightningModule):
     """Trains a model on batches of one size whose images count by their weights.
 
-    `model` maps images (N, 3, H, W) to logits (N, C, H, W). `batch_size` is the global batch the learning rate is
+    `model` maps images (N, 3, H, W) to logits (N, C, H, W); one with exits to its `Outputs`, which `early_exit` turns
+    into a loss, and each exit is validated. `batch_size` is the global batch the learning rate is
     meant for; batches of another size scale it (Optimizer.batch_factor). With `ema`, a decaying average of the
     weights is kept and is what gets validated, chosen and exported.
     """
@@ -38,6 +41,7 @@ class SegmentationModule(LightningModule):
         optimizer: Optimizer | None = None,
         batch_size: int = 8,
         ema: float | None = None,
+        early_exit: EarlyExit | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -46,7 +50,10 @@ class SegmentationModule(LightningModule):
         self.optimizer_options = optimizer or Optimizer()
         self.batch_size = batch_size
         self.average = WeightAverage(model, ema) if ema is not None else None
-        self.matrix = ConfusionMatrix(len(self.classes))
+        self.early_exit = early_exit or EarlyExit()
+        num_exits = model.num_exits if isinstance(model, ExitNetwork) else 1
+        self.early_exit.weights_of(num_exits)  # a recipe for another network is refused before it trains
+        self.matrices = nn.ModuleList(ConfusionMatrix(len(self.classes)) for _ in range(num_exits))  # the last decides
         self.sparsity, self._scales = 0.0, list[nn.Parameter]()
         self.last_losses: Tensor | None = None  # (N,), of the newest training step, before weights
 
@@ -54,6 +61,10 @@ class SegmentationModule(LightningModule):
     def evaluated_model(self) -> nn.Module:
         """The network that is validated and exported: the averaged one if there is an average."""
         return self.average.model if self.average is not None else self.model
+
+    @property
+    def _matrices(self) -> list[ConfusionMatrix]:
+        return list(self.matrices)  # type: ignore[arg-type]
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (N, C, H, W) of normalised images (N, 3, H, W)."""
@@ -66,14 +77,23 @@ class SegmentationModule(LightningModule):
         factor = options.lr_factor(batch.progress) * options.batch_factor(images, self.batch_size)
         for group in self.optimizers(use_pl_optimizer=False).param_groups:  # type: ignore[union-attr]
             group["lr"] = options.lr * group["lr_scale"] * factor
+        set_progress = getattr(self.model, "set_progress", None)
+        if set_progress is not None:
+            set_progress(batch.progress)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The loss of one batch."""
-        logits = self.model(batch.images)
-        losses = per_sample_loss(logits, batch.labels, self.loss)
+        output = self.model(batch.images)
+        if isinstance(output, Outputs):
+            losses, of_exits = exit_losses(output, batch.labels, self.loss, self.early_exit)
+            self.log_dict({f"train/loss/exit_{k}": own.mean() for k, own in enumerate(of_exits, start=1)})
+        else:
+            losses = per_sample_loss(output, batch.labels, self.loss)
         self.last_losses = losses.detach()
         loss = weighted_mean(losses, batch.weights)
         self.log("train/loss", loss, prog_bar=True)
+        if isinstance(output, Outputs) and output.penalty is not None:
+            loss = loss + output.penalty
         if self.sparsity:
             loss = loss + self.sparsity * absolute_sum(self._scales)
         self.log_dict({"train/lr": self._learning_rate(), "train/progress": batch.progress})
@@ -145,19 +165,27 @@ class SegmentationModule(LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Score from nothing."""
-        self.matrix.reset()
+        for matrix in self._matrices:
+            matrix.reset()
         self.evaluated_model.eval()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Count the prediction of full images against their labels, at the labels' own resolution."""
-        predictions = predict_labels(self.evaluated_model, batch.images, tuple(batch.labels.shape[-2:]))
-        self.matrix.update(predictions, batch.labels)
-        return predictions
+        size = (batch.labels.shape[-2], batch.labels.shape[-1])
+        model = self.evaluated_model
+        if isinstance(model, ExitNetwork):
+            predictions = every_exit(model, batch.images, size)
+        else:
+            predictions = [predict_labels(model, batch.images, size)]
+        for matrix, found in zip(self._matrices, predictions, strict=True):
+            matrix.update(found, batch.labels)
+        return predictions[-1]
 
     def on_validation_epoch_end(self) -> None:
         """Log mIoU, accuracies and the IoU of each class, in points."""
-        scores = self.matrix.compute()
+        *earlier, scores = [matrix.compute() for matrix in self._matrices]
         figures = {
+            **{f"val/miou/exit_{k}": found.miou for k, found in enumerate(earlier, start=1)},
             "val/miou": scores.miou,
             "val/pixel_accuracy": scores.pixel_accuracy,
             "val/class_accuracy": scores.class_accuracy,

@@ -15,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from dance_seg.data_slimming.adaptive import AdaptiveResolution
 from dance_seg.data_slimming.plan import DataSlimming
 from dance_seg.distillation.online import OnlineDistillation
+from dance_seg.early_exit.learning import EarlyExit
 from dance_seg.losses import Loss
 from dance_seg.machine import write_text
 from dance_seg.network_slimming.schedule import NetworkSlimming
@@ -38,6 +39,7 @@ class Recipe:
     optimizer: Optimizer = field(default_factory=Optimizer)
     data_slimming: DataSlimming | None = None
     network_slimming: NetworkSlimming | None = None
+    early_exit: EarlyExit | None = None  # how the exits of a model that has some learn; absent: all alike
     distillation: OnlineDistillation | None = None  # the model follows a video, and `data` names the video
     teacher: Part | None = None  # who labels the key frames of that video
     trainer: Training = field(default_factory=Training)

@@ -9,9 +9,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Generator, Sequence
 from typing import Any, NamedTuple
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor, nn
 
+from dance_seg.evaluator import full_size, labels_of
 from dance_seg.sample import CoarseLogits
 
 Walk = Generator[CoarseLogits | None, Tensor | None, None]
@@ -60,18 +61,19 @@ class ExitNetwork(nn.Module, ABC):
         return last
 
 
-def full_size(coarse: CoarseLogits, size: Sequence[int]) -> Tensor:
-    """Logits (N, C, H, W) of the images, of size (H, W)."""
-    logits, padded_size, align_corners = coarse
-    if tuple(logits.shape[-2:]) != tuple(padded_size):
-        logits = F.interpolate(logits, size=padded_size, mode="bilinear", align_corners=align_corners)
-    return logits[..., : size[0], : size[1]]
+@torch.no_grad()
+def every_exit(model: ExitNetwork, images: Tensor, size: tuple[int, int]) -> list[Tensor]:
+    """Class indices uint8 (N, H, W) on the CPU of each exit at `size`, from normalised images (N, 3, h, w).
+
+    Raises ValueError when logits are not finite.
+    """
+    return [labels_of(coarse, images.shape[-2:], size) for coarse in model.exits(images) if coarse is not None]
 
 
 def select(features: Any, kept: Tensor | None) -> Any:
     """What of the features goes on: rows `kept` of every tensor (N, ...) in lists, tuples and dictionaries of them.
 
-    None keeps all, without a copy.
+    None keeps all, without a copy; what is None stays None.
 
     >>> import torch
     >>> select({"a": torch.arange(3), "b": [None]}, torch.tensor([2, 0]))
@@ -83,4 +85,5 @@ def select(features: Any, kept: Tensor | None) -> Any:
         return features.index_select(0, kept)
     if isinstance(features, dict):
         return {name: select(value, kept) for name, value in features.items()}
-    return type(features)([select(value, kept) for value in features])
+    values = [select(value, kept) for value in features]
+    return type(features)(*values) if hasattr(features, "_fields") else type(features)(values)  # a NamedTuple or not

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dance_seg.batch_norm import BnOnline, set_bn_online
+from dance_seg.evaluator import full_size
 from dance_seg.models.smp import pad_to
 from dance_seg.sample import CoarseLogits
 
@@ -72,9 +73,7 @@ class JITNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (N, C, H, W) of images (N, 3, H, W)."""
-        height, width = images.shape[-2:]
-        logits, size, align_corners = self.coarse_logits(images)
-        return F.interpolate(logits, size=size, mode="bilinear", align_corners=align_corners)[..., :height, :width]
+        return full_size(self.coarse_logits(images), images.shape[-2:])
 
     def coarse_logits(self, images: Tensor) -> CoarseLogits:
         """Logits before the last upsampling, so that upsampling and argmax can be one pass over the image."""

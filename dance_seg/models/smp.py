@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dance_seg.evaluator import full_size
 from dance_seg.sample import CoarseLogits
 
 
@@ -50,11 +51,7 @@ class SmpModel(nn.Module):
 
         Raises ValueError in training for a batch of one image where the network normalises over a single value.
         """
-        height, width = images.shape[-2:]
-        logits, padded_size, align_corners = self.coarse_logits(images)
-        if logits.shape[-2:] != padded_size:
-            logits = F.interpolate(logits, size=padded_size, mode="bilinear", align_corners=align_corners)
-        return logits[..., :height, :width]
+        return full_size(self.coarse_logits(images), images.shape[-2:])
 
     def coarse_logits(self, images: Tensor) -> CoarseLogits:
         """Logits before the last upsampling, so that upsampling and argmax can be one pass over the image."""
