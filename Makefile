@@ -8,7 +8,7 @@ RECIPE ?= recipes/shapes_data_slimming.yaml
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo distill four-rows test test-all check format goldens train clean
+.PHONY: help setup demo adaptive distill four-rows test test-all check format goldens train clean
 
 help:  ## list the targets
 	@grep -hE '^[a-zA-Z_%-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-22s %s\n", $$1, $$2}'
@@ -25,6 +25,11 @@ demo: setup  ## dense twin and data-slimmed run on drawn street scenes, compared
 	$(RUN) -m tools.train recipes/shapes_dense.yaml name=demo_dense $(ARGS)
 	$(RUN) -m tools.train recipes/shapes_data_slimming.yaml name=demo_data_slimming $(ARGS)
 	$(RUN) -m tools.compare runs/demo_dense runs/demo_data_slimming --out runs/demo
+
+adaptive: setup  ## a network whose easy images stop early: trained, calibrated, scored on drawn street scenes (under 6 minutes)
+	$(RUN) -m tools.train recipes/shapes_ranet.yaml $(ARGS)
+	$(RUN) -m tools.calibrate runs/shapes_ranet --budget 0.5 --score mean
+	$(RUN) -m tools.evaluate runs/shapes_ranet --split test
 
 distill: setup  ## a student follows a drawn street, taught by a small teacher (under 5 minutes on 2 cores)
 	$(RUN) -m tools.distill_video recipes/video_shapes.yaml $(ARGS)
@@ -54,7 +59,7 @@ train: setup  ## train RECIPE=recipes/... with ARGS="key=value ..."
 train-%: setup  ## train recipes/%.yaml, such as make train-camvid_data_slimming ARGS="data.args.root=DIR"
 	$(RUN) -m tools.train recipes/$*.yaml $(ARGS)
 
-bench-%: setup  ## measure a benchmark: pipeline, complexity, evaluator, epoch, slimming, export, startup or distill
+bench-%: setup  ## measure a benchmark: pipeline, complexity, evaluator, epoch, slimming, adaptive, export, startup or distill
 	$(RUN) -m tools.bench.$*
 
 four-rows: setup  ## dense, data, network, both and their controls on CamVid: ROOT=DIR ARGS="--seeds 0 1 key=value ..." (hours)

@@ -39,7 +39,7 @@ AGREEMENT = 0.9999
 ROUNDING = 1e-4
 """Of the largest logit: what two programs may differ by that add up in another order."""
 
-VERSION = 1  # of the metadata below
+VERSION = 2  # of the metadata below
 _PREFIX = "dance_seg."
 _INPUT, _OUTPUT = "images", "logits"
 _LARGEST = 2**31 - 1  # bytes of one protobuf message
@@ -435,12 +435,13 @@ def _metadata(model: nn.Module, record: Mapping[str, Any], sizes: Sizes) -> dict
     """What a file says of itself, as JSON strings."""
     data = record["recipe"]["data"]
     arguments = {key: value for key, value in data.get("args", {}).items() if key not in _PRIVATE}
-    resolution = float(arguments.get("resolution", 1.0))
+    resolution, exits = float(arguments.get("resolution", 1.0)), record.get("exits")
     facts = {
         "version": VERSION,
         "labels": dict(record["labels"]),
         "recipe": {**record["recipe"], "data": {**data, "args": arguments}},
         "complexity": record.get("complexity"),  # by which adaptive inference finds an image's size
+        "exits": exits and {"policy": exits["policy"]},  # by which a network with exits stops
         "resolution": resolution,
         "protocol": protocol(resolution),
         "normalisation": {"formula": "(x / 255 - mean) / std", "mean": MEAN, "std": STD, "order": "RGB"},
@@ -460,8 +461,8 @@ def _read_metadata(metadata: Mapping[str, str], path: Path) -> tuple[dict[str, A
         )
     if _read(metadata, "version", path) != VERSION:
         raise DataError(f"{path}: written by another version of dance_seg; export it again from its run")
-    labels, recipe, structure, complexity = (
-        _read(metadata, key, path) for key in ("labels", "recipe", "structure", "complexity")
+    labels, recipe, structure, complexity, exits = (
+        _read(metadata, key, path) for key in ("labels", "recipe", "structure", "complexity", "exits")
     )
     try:
         sizes = Sizes(**_read(metadata, "sizes", path))
@@ -473,7 +474,7 @@ def _read_metadata(metadata: Mapping[str, str], path: Path) -> tuple[dict[str, A
             raise ValueError
     except (TypeError, KeyError, ValueError, IndexError):
         raise DataError(f"{path}: its metadata is damaged; export it again from its run") from None
-    return {"labels": labels, "recipe": recipe, "complexity": complexity}, sizes, structure
+    return {"labels": labels, "recipe": recipe, "complexity": complexity, "exits": exits}, sizes, structure
 
 
 def _read(metadata: Mapping[str, str], key: str, path: Path) -> Any:

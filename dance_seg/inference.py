@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from dance_seg.early_exit.exits import ExitNetwork
+from dance_seg.early_exit.policy import ExitPolicy, decide
 from dance_seg.evaluator import labels_from_logits, labels_of, refuse_not_finite
 from dance_seg.metrics import Scores, confusion_matrix, scores
 from dance_seg.normalise import normalise
@@ -125,6 +127,7 @@ class Predicted(NamedTuple):
     name: str
     prediction: np.ndarray
     label: np.ndarray
+    exit: int | None = None  # where a network with exits stopped, from 0; None where nobody asked
 
 
 class View(NamedTuple):
@@ -149,26 +152,38 @@ def evaluate(model: nn.Module, datamodule: "SegmentationDataModule", split: str,
     """The scores of a network on a split, at the labels' own resolution, with a progress bar."""
     num_classes = len(datamodule.classes)
     matrix = np.zeros((num_classes, num_classes), np.int64)
-    for _, prediction, label in predictions(model, datamodule, split, protocol):
-        matrix += confusion_matrix(prediction, label, num_classes)
+    for found in predictions(model, datamodule, split, protocol):
+        matrix += confusion_matrix(found.prediction, found.label, num_classes)
     return scores(matrix)
 
 
 @torch.inference_mode()
 def predictions(
-    model: nn.Module, datamodule: "SegmentationDataModule", split: str, protocol: Protocol = WHOLE
+    model: nn.Module,
+    datamodule: "SegmentationDataModule",
+    split: str,
+    protocol: Protocol = WHOLE,
+    policy: ExitPolicy | None = None,
 ) -> Iterator[Predicted]:
     """The prediction of each image of a split at its label's size, in the split's order, with a progress bar.
 
-    Runs on the first CUDA device where there is one. Raises ValueError when logits are not finite.
+    With a `policy` a network with exits stops where it says. Runs on the first CUDA device where there is one. Raises
+    ValueError when logits are not finite, and for a policy with a protocol of several views or a network of one exit.
     """
+    if policy is not None and not (isinstance(model, ExitNetwork) and protocol == WHOLE):
+        raise ValueError(f"exits are asked of whole images seen once, by a network that has exits; got {protocol}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = model.to(device).eval()
     for batch in tqdm(datamodule.evaluation_loader(split), desc=f"evaluate {split}", unit="image"):
         height, width = batch.labels.shape[-2:]
-        found = predict(model, normalise(batch.images.to(device)), (height, width), protocol)
-        for name, prediction, label in zip(batch.names, found.numpy(), batch.labels.numpy(), strict=True):
-            yield Predicted(name, prediction, label)
+        images, exits = normalise(batch.images.to(device)), [None] * len(batch.names)
+        if policy is not None and isinstance(model, ExitNetwork):
+            found, taken, _ = decide(model, images, (height, width), policy)
+            exits = taken.tolist()
+        else:
+            found = predict(model, images, (height, width), protocol)
+        for name, prediction, label, exit in zip(batch.names, found.numpy(), batch.labels.numpy(), exits, strict=True):
+            yield Predicted(name, prediction, label, exit)
 
 
 # Images -----------------------------------------------------------------------------------------------------------

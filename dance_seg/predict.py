@@ -158,6 +158,8 @@ def _torch_predictor(path: Path, checkpoint: str, resolution: float | None) -> P
     import torch
 
     from dance_seg.build import load_model, load_run
+    from dance_seg.calibration import calibrated_policy
+    from dance_seg.early_exit.exits import ExitNetwork
     from dance_seg.export import load_safetensors
 
     if path.is_dir():
@@ -172,7 +174,8 @@ def _torch_predictor(path: Path, checkpoint: str, resolution: float | None) -> P
     else:
         raise ValueError(f"{path}: holds no network; give a run folder or a file ending in {', '.join(CHECKPOINTS)}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    call = partial(_labels_by_torch, model.to(device).eval(), device)
+    policy = calibrated_policy(record, model, at=str(path)) if isinstance(model, ExitNetwork) else None
+    call = partial(_labels_by_torch, model.to(device).eval(), device, policy)
     return _predictor(path, record, resolution, f"torch on {device.type}", call)
 
 
@@ -198,15 +201,18 @@ def _labels_by_onnx(file: Any, image: np.ndarray, size: tuple[int, int]) -> np.n
         raise ValueError(f"{file.path}: {error}") from None
 
 
-def _labels_by_torch(model: Any, device: Any, image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def _labels_by_torch(model: Any, device: Any, policy: Any, image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     import torch
 
+    from dance_seg.early_exit.policy import decide
     from dance_seg.inference import predict_labels
     from dance_seg.normalise import normalise
 
-    pixels = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None]
+    pixels = torch.from_numpy(np.require(image, requirements=["C", "W"])).permute(2, 0, 1)[None]
     with torch.inference_mode():
-        return predict_labels(model, normalise(pixels, device), size)[0].numpy()
+        images = normalise(pixels, device)
+        found = decide(model, images, size, policy).labels if policy else predict_labels(model, images, size)
+        return found[0].numpy()
 
 
 def _colors(palette: Sequence[Sequence[int]]) -> np.ndarray:

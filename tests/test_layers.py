@@ -16,6 +16,7 @@ RANKS = {
     "models": 2, "network_slimming": 2,
     "distillation": 3,  # labels by inference, scores by consistency; for recipe and report
     "checkpoint": 3, "tracking": 3, "metrics_file": 1, "module": 3, "callbacks": 3,
+    "calibration": 4,
     "recipe": 4, "report": 4,
     "execution": 5, "run_folder": 5, "build": 6,
     "export": 7, "predict": 8,

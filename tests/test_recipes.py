@@ -45,6 +45,8 @@ REPRESENTATIVES = {
     "cityscapes_data_slimming",
     "ade20k_network_slimming",
     "folder_dense",
+    "camvid_ranet",
+    "shapes_basisnet",
     "camvid_dance_segformer",
 }
 

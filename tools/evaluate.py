@@ -4,6 +4,7 @@ RUN is a run folder; with --predictions also a recipe, which says which data. Ev
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,9 @@ from tools.cli import parser, run, write_json
 if TYPE_CHECKING:
     from dance_seg.boundary import BoundaryScores
     from dance_seg.consistency import ConsistencyScores
+    from dance_seg.early_exit.policy import ExitPolicy
     from dance_seg.metrics import Scores
+    from datamodules.base import SegmentationDataModule
 
 SPLITS = ("train", "held_out", "val", "test")
 VIDEO = ("camvid", "folder")  # groups of images are clips, in order of time by their names
@@ -31,6 +34,9 @@ def arguments_parser() -> argparse.ArgumentParser:
     made.add_argument("--flip", action="store_true", help="average with the mirrored image")
     made.add_argument("--boundary", action="store_true", help="boundary IoU too")
     made.add_argument("--consistency", action="store_true", help="temporal consistency too, for clips of video")
+    made.add_argument(
+        "--exit", metavar="K", help="of a network with exits: 1, 2, ... or last; default: as calibrated, else last"
+    )
     made.add_argument("--save", metavar="DIR", type=Path, help="write the predictions in the data's official form")
     made.add_argument("--predictions", metavar="DIR", type=Path, help="score these files instead of the network")
     return made
@@ -53,6 +59,7 @@ def main() -> int:
     from datamodules import build_datamodule
     from datamodules.predictions import PredictionWriter, official_form, read_predictions
 
+    policy = None
     protocol = Protocol(
         scales=tuple(arguments.scales or (1.0,)), flip=arguments.flip, window=arguments.window, stride=arguments.stride
     )
@@ -82,13 +89,16 @@ def main() -> int:
             raise ValueError(f"{scored} was trained on the classes {trained}; the data has {', '.join(classes)}")
         # The complexity that decides is that of the images it was trained on, which the checkpoint keeps.
         datamodule.adaptive = adaptive_of({**record, "recipe": recipe_record(recipe)})
-        found = predictions(model, datamodule, split, protocol)
+        policy = exit_policy(model, record, arguments, source.names, split, scored)
+        found = predictions(model, datamodule, split, protocol, policy)
 
     matrix = np.zeros((len(classes), len(classes)), np.int64)
     boundary = BoundaryIoU(len(classes)) if arguments.boundary else None
     consistency = TemporalConsistency(len(classes)) if arguments.consistency else None
-    sizes, previous_group = set(), None
-    for index, (name, prediction, label) in enumerate(found):
+    sizes, previous_group, taken = set(), None, list[int]()
+    for index, (name, prediction, label, exit) in enumerate(found):
+        if exit is not None:
+            taken.append(exit)
         matrix += confusion_matrix(prediction, label, len(classes))
         sizes.add(label.shape)
         if boundary:
@@ -126,6 +136,10 @@ def main() -> int:
     print(scored)
     print(f"data      {recipe.data.name} {split}: {len(source)} images, labels {described(sizes)} at their own size")
     print(f"protocol  {how}")
+    if taken and policy is not None:
+        exits = exits_record(model, taken, datamodule, split, policy)
+        figures["exits"] = exits
+        print(f"exits     {described_exits(exits)}")
     print(f"score     one confusion matrix over all pixels, void ignored; one run, seed {recipe.seed}")
     if writer:
         print(f"saved     {writer.folder}: {form}")
@@ -139,6 +153,63 @@ def main() -> int:
     print_table(classes, found_scores, found_boundary, found_consistency)
     write_json(arguments.json, {**figures, **as_record(classes, found_scores, found_boundary, found_consistency)})
     return 0
+
+
+def exit_policy(
+    model: Any, record: dict[str, Any], arguments: argparse.Namespace, names: Sequence[str], split: str, at: Path
+) -> "ExitPolicy | None":
+    """By which exits a network stops: the one asked for, as calibrated, or None for the whole network."""
+    from dance_seg.calibration import calibrated_policy, fixed_exit, refuse_overlap
+    from dance_seg.early_exit.exits import ExitNetwork
+
+    if not isinstance(model, ExitNetwork):
+        if arguments.exit:
+            raise ValueError(f"--exit {arguments.exit}: {at} holds a network with one exit")
+        return None
+    if arguments.exit == "last":
+        return None
+    if arguments.exit:
+        if not arguments.exit.isdigit():
+            raise ValueError(f"--exit is {arguments.exit!r}; give a number from 1 to {model.num_exits}, or last")
+        return fixed_exit(model.num_exits, int(arguments.exit) - 1)
+    policy = calibrated_policy(record, model, at=str(at))
+    if policy is None:
+        return None
+    if arguments.scales or arguments.window or arguments.flip:
+        raise ValueError("--scales, --window and --flip do not go with calibrated exits; add --exit last")
+    refuse_overlap(record, names, split)
+    return policy
+
+
+def exits_record(
+    model: Any, taken: list[int], datamodule: "SegmentationDataModule", split: str, policy: "ExitPolicy"
+) -> dict[str, Any]:
+    """Where the images left, and the MACs they cost on average, each at the size of the split's first image."""
+    from dance_seg.early_exit.paths import path_costs
+    from dance_seg.normalise import downsampled_size
+
+    height, width = datamodule.source(split).load(0).label.shape
+    costs = path_costs(model.cpu(), downsampled_size((height, width), datamodule.resolution))
+    average = sum(costs.total(exit, policy.asked) for exit in taken) / len(taken)
+    return {
+        "shares": [taken.count(exit) / len(taken) for exit in range(model.num_exits)],
+        "gmacs": average / 1e9,
+        "macs_share": average / costs.full,
+        "policy": policy.as_record(),
+    }
+
+
+def described_exits(exits: dict[str, Any]) -> str:
+    """Where images left and what that costs, in words.
+
+    >>> described_exits({"shares": [0.75, 0.25], "gmacs": 1.5, "macs_share": 0.5})
+    '75 % left at exit 1, 25 % at exit 2; 1.50 GMACs on average, 0.500 of the whole network'
+    """
+    first, *rest = exits["shares"]
+    leaving = [f"{first:.0%} left at exit 1".replace("%", " %")]
+    leaving += [f"{share:.0%} at exit {exit}".replace("%", " %") for exit, share in enumerate(rest, start=2)]
+    cost = f"{exits['gmacs']:.2f} GMACs on average, {exits['macs_share']:.3f} of the whole network"
+    return f"{', '.join(leaving)}; {cost}"
 
 
 def recipe_file(run_folder: Path) -> Path:

@@ -70,6 +70,14 @@ def every_exit(model: ExitNetwork, images: Tensor, size: tuple[int, int]) -> lis
     return [labels_of(coarse, images.shape[-2:], size) for coarse in model.exits(images) if coarse is not None]
 
 
+def outputs_of(model: nn.Module, images: Tensor) -> Any:
+    """All that a network says of images: the coarse logits of every exit where it has several, else its output.
+
+    What walks through a network in evaluation must come by every part of it, and `forward` comes by one head.
+    """
+    return list(model.exits(images)) if isinstance(model, ExitNetwork) else model(images)
+
+
 def select(features: Any, kept: Tensor | None) -> Any:
     """What of the features goes on: rows `kept` of every tensor (N, ...) in lists, tuples and dictionaries of them.
 

@@ -9,9 +9,10 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dance_seg.cost.macs import collect, usual_kernels, without_values
+from dance_seg.early_exit.exits import outputs_of
 from dance_seg.network_slimming.channels import Group, Groups
 from dance_seg.network_slimming.surgery import cut
-from dance_seg.network_slimming.trace import trace_groups
+from dance_seg.network_slimming.trace import images_without_values, trace_groups
 
 
 def find_groups(model: nn.Module, input_size: tuple[int, int], *, in_channels: int = 3) -> Groups:
@@ -44,15 +45,15 @@ def find_groups(model: nn.Module, input_size: tuple[int, int], *, in_channels: i
 def _failure(model: nn.Module, groups: tuple[Group, ...], input_size: tuple[int, int], in_channels: int) -> str | None:
     """How the network fails when each group loses every third channel; None when it does not."""
     copied = without_values(model).eval()
-    images = torch.empty(2, in_channels, *input_size, device="meta")
+    images = images_without_values(copied, (2, in_channels, *input_size))
     with torch.no_grad():
         with _Numbers() as numbers:
-            shape = [tuple(output.shape) for output in collect(copied(images))]
+            shape = [tuple(output.shape) for output in collect(outputs_of(copied, images))]
         try:
             kept = [np.flatnonzero(np.arange(group.channels) % 3 != 1) for group in groups]
             cut(copied, groups, kept)
             with _Numbers() as numbers_cut:
-                shape_cut = [tuple(output.shape) for output in collect(copied(images))]
+                shape_cut = [tuple(output.shape) for output in collect(outputs_of(copied, images))]
         except Exception as error:  # whatever a network raises
             return str(error).splitlines()[0] if str(error) else type(error).__name__
     if numbers_cut.met != numbers.met:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dance_seg.cost.macs import collect, usual_kernels, without_values
+from dance_seg.early_exit.exits import outputs_of
 from dance_seg.network_slimming.channels import Group, Groups, Member
 
 FROZEN = 0  # the label of all channels that stay
@@ -38,9 +39,15 @@ def trace_groups(model: nn.Module, input_size: tuple[int, int], *, batch: int = 
     copied = without_values(model).eval()
     tracer = _Tracer(copied)
     with torch.no_grad(), tracer:
-        for output in collect(copied(torch.empty(batch, in_channels, *input_size, device="meta"))):
+        for output in collect(outputs_of(copied, images_without_values(copied, (batch, in_channels, *input_size)))):
             tracer.freeze(tracer.of(output), "the network's output keeps its classes")
     return tracer.groups()
+
+
+def images_without_values(model: nn.Module, shape: tuple[int, ...]) -> Tensor:
+    """Images for a walk through a network: of its own type, and without any value."""
+    dtypes = (parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+    return torch.empty(shape, device="meta", dtype=next(dtypes, torch.float32))
 
 
 class _Ties:

@@ -1,6 +1,6 @@
 """Validation images beside their labels, predictions and errors, as a page shows them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -75,7 +75,7 @@ def _panels(shown: Shown, width: int) -> Panels:
     )
 
 
-def panels_bytes(rows: Sequence[Panels]) -> int:
+def panels_bytes(rows: Iterable[Panels]) -> int:
     """How large the pictures of rows are."""
     return sum(len(panel.uri) for row in rows for panel in row.panels)
 

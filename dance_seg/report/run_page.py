@@ -13,6 +13,7 @@ from typing import Any
 from dance_seg.machine import write_text
 from dance_seg.report.charts import Line, Mark, Span, line_chart
 from dance_seg.report.costs import costs, size_text
+from dance_seg.report.exits import exits
 from dance_seg.report.page import (
     Bar,
     Bars,
@@ -63,11 +64,17 @@ def report(run: Run) -> Page:
             complexity(run),
             image_losses(run),
             slimming(run),
+            *([exits(run)] if has_exits(run) else []),
             recipe(run),
             circumstances(run),
         ),
         footer="Written by dance_seg. Scores are points, 0 to 100. One MAC is one multiplication and one addition.",
     )
+
+
+def has_exits(run: Run) -> bool:
+    """Whether the network has several exits: it was calibrated, or validated at each."""
+    return run.exits is not None or any("val/miou/exit_1" in row for row in run.rows)
 
 
 def subtitle(run: Run) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -22,6 +22,7 @@ from dance_seg.metrics_file import read_metrics
 MAX_BYTES = 256 << 20  # no file of a run that is read whole is larger
 _PICTURE = re.compile(r"(\d+)_(.*)_image\.png", re.DOTALL)
 _CHARGE = re.compile(r"cost/(.+)_(seconds|gmacs)")
+_LEAVING = re.compile(r"exit_(\d+)_(\d+)_(.*)\.png", re.DOTALL)
 _THUMBNAIL = re.compile(r"complexity_(simple|complex)_(\d+)_(.*)\.png", re.DOTALL)
 
 
@@ -129,6 +130,33 @@ class ImageLosses:
     by_name: Mapping[str, float]
 
 
+class Leaving(NamedTuple):
+    """A picture of an image that left at an exit, its predicted labels laid over it."""
+
+    exit: int  # from 1
+    rank: int
+    name: str
+    path: Path
+
+
+@dataclass(frozen=True)
+class Exits:
+    """What the exits of a network are worth, and by which thresholds it stops, as calibrated."""
+
+    thresholds: tuple[float | None, ...]  # of all but the last; None where an exit is not asked
+    mious: tuple[float, ...]  # points, every image leaving there
+    shares: tuple[float, ...]  # of the images that leave there
+    costs: Mapping[str, tuple[float, ...]]  # by unit, of leaving at each exit with no other asked
+    achieved: tuple[float, float]  # mIoU of stopping by the thresholds, and of the same shares at random
+    spent: Mapping[str, float]  # by unit, the average
+    curves: Mapping[str, tuple[tuple[float, float, float, float], ...]]  # cost, mIoU; random cost, mIoU
+    budget: float
+    unit: str
+    split: str
+    images: int
+    leaving: tuple[Leaving, ...] = ()
+
+
 @dataclass(frozen=True)
 class Run:
     """What a run folder holds."""
@@ -143,6 +171,7 @@ class Run:
     other_costs: Mapping[str, Any] = field(default_factory=dict)  # what else cost.json holds
     plan: WholePlan | None = None
     widths: Widths | None = None
+    exits: Exits | None = None
     pictures: tuple[Picture, ...] = ()
     simplest: tuple[Thumbnail, ...] = ()
     most_complex: tuple[Thumbnail, ...] = ()
@@ -297,6 +326,7 @@ def read_run(folder: str | Path) -> Run:
         inference=section(costs, "inference"),
         plan=_read_plan(folder / "plan.json"),
         widths=_read_widths(folder / "widths.json"),
+        exits=_read_exits(folder / "calibration.json", folder / "pictures"),
         pictures=_pictures(folder / "pictures"),
         simplest=simplest,
         most_complex=most_complex,
@@ -422,6 +452,49 @@ def _read_widths(path: Path) -> Widths | None:
     if not layers or any(full < 1 or not 0 <= now <= full for _, full, now in layers):
         raise DataError(f"{path}: no widths of a network; move it away to go on without it")
     return Widths(layers, branches, cuts)
+
+
+def _read_exits(path: Path, pictures: Path) -> Exits | None:
+    record = read_json(path)
+    if not record:
+        return None
+    try:
+        achieved, policy = record["achieved"], record["policy"]
+        exits = Exits(
+            thresholds=tuple(None if value is None else float(value) for value in policy["thresholds"]),
+            mious=tuple(float(value) for value in achieved["miou_of_exits"]),
+            shares=tuple(float(value) for value in achieved["exits"]),
+            costs={
+                unit: tuple(float(a) + float(b) for a, b in zip(cost["trunk"], cost["heads"], strict=True))
+                for unit, cost in record["costs"].items()
+            },
+            achieved=(float(achieved["miou"]), float(achieved["miou_random"])),
+            spent={unit: float(achieved[unit]) for unit in record["costs"]},
+            curves={
+                unit: tuple(
+                    (float(p["average_cost"]), float(p["miou"]), float(p["random_cost"]), float(p["random_miou"]))
+                    for p in points
+                )
+                for unit, points in record["curves"].items()
+            },
+            budget=float(record["budget"]),
+            unit=str(record["unit"]),
+            split=str(record["split"]),
+            images=int(achieved["images"]),
+            leaving=_leaving(pictures),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise DataError(f"{path}: no calibration of exits ({reason}); calibrate again, or move it away") from None
+    count = len(exits.mious)
+    if not count or {len(exits.shares), len(exits.thresholds) + 1, *map(len, exits.costs.values())} != {count}:
+        raise DataError(f"{path}: its parts are of different numbers of exits; calibrate again, or move it away")
+    return exits
+
+
+def _leaving(folder: Path) -> tuple[Leaving, ...]:
+    found = [(match, path) for path in folder.glob("exit_*.png") if (match := _LEAVING.fullmatch(path.name))]
+    return tuple(sorted(Leaving(int(match[1]), int(match[2]), match[3], path) for match, path in found))
 
 
 def _planned_epoch(record: Mapping[str, Any]) -> PlannedEpoch:

@@ -1,0 +1,256 @@
+"""Thresholds for the exits of a trained network, chosen on a split that is not scored, and kept in the checkpoint.
+
+The network runs once over the calibration split; what its exits say of each image, and what they cost, is the table
+from which thresholds for any budget are chosen. The names of its images are kept, so that nobody scores on them.
+"""
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from dance_seg.checkpoint import load_checkpoint, save_checkpoint
+from dance_seg.cost.latency import synchronise
+from dance_seg.early_exit.budget import (
+    CurvePoint,
+    ExitTable,
+    How,
+    at_thresholds,
+    curve,
+    random_exits,
+    scored,
+    solve,
+)
+from dance_seg.early_exit.exits import ExitNetwork
+from dance_seg.early_exit.paths import PathCosts, Walked, path_costs
+from dance_seg.early_exit.policy import ExitPolicy, at_every_exit
+from dance_seg.errors import CheckpointError
+from dance_seg.metrics import confusion_matrix
+from dance_seg.normalise import normalise
+
+if TYPE_CHECKING:
+    from datamodules.base import SegmentationDataModule
+
+Unit = Literal["macs", "milliseconds"]
+ROUNDS = 20
+"""How often each way through the network is timed, the ways taking turns."""
+
+
+class ExitsOfSplit(NamedTuple):
+    """What every exit says of every image of a split."""
+
+    names: tuple[str, ...]  # of the n images
+    scores: np.ndarray  # float32 (n, K)
+    matrices: np.ndarray  # int32 (n, K, C, C)
+    size: tuple[int, int]  # (H, W) at which the network sees the first image
+
+    def table(self, costs: PathCosts) -> ExitTable:
+        """With what the exits cost, the table that thresholds are chosen from."""
+        return ExitTable(self.scores, self.matrices, costs)
+
+
+class Calibration(NamedTuple):
+    """Thresholds that meet a budget on a calibration split, and what was known when they were chosen."""
+
+    policy: ExitPolicy
+    budget: float  # share of the cost of the whole network
+    unit: Unit
+    how: How
+    split: str
+    names: tuple[str, ...]  # of the calibration images
+    costs: dict[str, PathCosts]  # by unit
+    achieved: dict[str, Any]  # on the calibration split
+
+    def as_record(self) -> dict[str, Any]:
+        """Plain data for the checkpoint."""
+        costs = {unit: {"trunk": list(c.trunk), "heads": list(c.heads)} for unit, c in self.costs.items()}
+        return {
+            **self._asdict(),
+            "policy": self.policy.as_record(),
+            "names": list(self.names),
+            "costs": costs,
+        }
+
+
+@torch.inference_mode()
+def exits_of_split(
+    model: ExitNetwork, datamodule: "SegmentationDataModule", split: str, policy: ExitPolicy
+) -> ExitsOfSplit:
+    """Run every exit over a split, with a progress bar; the scores are the policy's.
+
+    Runs on the first CUDA device where there is one. Raises ValueError when logits are not finite.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = model.to(device).eval()
+    num_classes = len(datamodule.classes)
+    names, scores, matrices, size = list[str](), [], [], None
+    for batch in tqdm(datamodule.evaluation_loader(split), desc=f"exits on {split}", unit="image"):
+        labels_size = (batch.labels.shape[-2], batch.labels.shape[-1])
+        found = at_every_exit(model, normalise(batch.images.to(device)), labels_size, policy)
+        size = size or (batch.images.shape[-2], batch.images.shape[-1])
+        for place, name in enumerate(batch.names):
+            names.append(name)
+            scores.append(found.scores[place].numpy())
+            label = batch.labels[place].numpy()
+            of_exits = [confusion_matrix(exit[place].numpy(), label, num_classes) for exit in found.labels]
+            matrices.append(np.stack(of_exits).astype(np.int32))
+    if size is None:
+        raise ValueError(f"the split {split} holds no images; choose another to calibrate on")
+    return ExitsOfSplit(tuple(names), np.stack(scores), np.stack(matrices), size)
+
+
+@torch.inference_mode()
+def path_milliseconds(model: ExitNetwork, size: tuple[int, int], rounds: int = ROUNDS) -> PathCosts:
+    """The milliseconds of one image of `size` (H, W) on each way through the network, medians; ways take turns.
+
+    A head is worth what asking it adds to the whole way, which is never below zero.
+    """
+    device = next(model.parameters()).device
+    images = torch.zeros(1, 3, *size, device=device).contiguous(memory_format=torch.channels_last)
+    last = model.num_exits - 1
+
+    def way(exit: int, *asked: int) -> Callable[[], object]:
+        walked = Walked(model, exit, [place in asked for place in range(model.num_exits)], to_full_size=False).eval()
+        return lambda: walked(images)
+
+    ends = [way(exit, exit) for exit in range(last + 1)]
+    with_heads = [way(last, exit, last) for exit in range(last)]
+    times = _in_turns([*ends, *with_heads], rounds, device)
+    heads = [max(0.0, found - times[last]) for found in times[last + 1 :]] + [0.0]
+    trunk = [max(0.0, end - head) for end, head in zip(times, heads, strict=False)]
+    return PathCosts(tuple(trunk), tuple(heads), "milliseconds")
+
+
+def _in_turns(calls: Sequence[Callable[[], object]], rounds: int, device: torch.device) -> list[float]:
+    """The median milliseconds of each call."""
+    times: list[list[float]] = [[] for _ in calls]
+    for turn in range(rounds + 1):
+        for own, call in zip(times, calls, strict=True):
+            began = time.perf_counter()
+            call()
+            synchronise(device)
+            if turn:  # the first one warms up
+                own.append(1000 * (time.perf_counter() - began))
+    return [statistics.median(own) for own in times]
+
+
+def calibrate(
+    model: ExitNetwork,
+    datamodule: "SegmentationDataModule",
+    *,
+    budget: float,
+    split: str,
+    unit: Unit = "macs",
+    how: How = "direct",
+    policy: ExitPolicy | None = None,
+) -> tuple[Calibration, ExitsOfSplit]:
+    """Thresholds whose average cost on the split is at most `budget` times that of the whole network.
+
+    `policy` gives the score; its thresholds are chosen here. Raises ValueError for a budget that no thresholds meet.
+    """
+    if unit not in get_args(Unit):
+        raise ValueError(f"unit is {unit!r}; choose one of {', '.join(get_args(Unit))}")
+    policy = policy or ExitPolicy()
+    found = exits_of_split(model, datamodule, split, policy)
+    costs = {"macs": path_costs(model, found.size), "milliseconds": path_milliseconds(model, found.size)}
+    check_share(budget, costs[unit])
+    table = found.table(costs[unit])
+    policy = replace(policy, thresholds=solve(table, budget * costs[unit].full, how, spend=0.97))
+    achieved = as_figures(found, policy, costs)
+    return Calibration(policy, budget, unit, how, split, found.names, costs, achieved), found
+
+
+def check_share(budget: float, costs: PathCosts) -> None:
+    """Raise ValueError unless a budget, a share of the whole network's cost, lies between those of the exits."""
+    least = costs.cheapest / costs.full
+    if not (math.isfinite(budget) and least <= budget <= 1):
+        raise ValueError(
+            f"the budget is {budget:g} of the whole network's cost; leaving at the first exit costs {least:.3f} of it "
+            f"in {costs.unit}: give a share from {math.ceil(1000 * least) / 1000:g} to 1"
+        )
+
+
+def as_figures(found: ExitsOfSplit, policy: ExitPolicy, costs: dict[str, PathCosts]) -> dict[str, Any]:
+    """What a policy comes to on a split: mIoU in points, average costs and shares of them, and who leaves where."""
+    figures: dict[str, Any] = {"images": len(found.names)}
+    for unit, cost in costs.items():
+        table = found.table(cost)
+        judged = at_thresholds(table, policy.thresholds)
+        exits = len(cost.trunk)
+        figures |= {
+            "miou": judged.miou,
+            "exits": [float(share) for share in judged.shares],
+            "miou_of_exits": [scored(table, np.full(len(found.names), exit)) for exit in range(exits)],
+            unit: judged.average_cost,
+            f"{unit}_share": judged.average_cost / cost.full,
+        }
+    table = found.table(costs["macs"])
+    draws = [scored(table, random_exits(table, figures["exits"], seed)) for seed in range(20)]
+    figures["miou_random"] = float(np.mean(draws))
+    return figures
+
+
+def curves(found: ExitsOfSplit, costs: dict[str, PathCosts], how: How) -> dict[str, list[dict[str, float]]]:
+    """For each unit, what thresholds of many budgets give on the split they are chosen on; random exits beside them."""
+    return {unit: [_point(point) for point in curve(found.table(cost), how)] for unit, cost in costs.items()}
+
+
+def _point(point: CurvePoint) -> dict[str, float]:
+    figures = point._asdict()
+    del figures["thresholds"]
+    return figures
+
+
+# In a checkpoint --------------------------------------------------------------------------------------------------
+
+
+def write_calibration(path: Path, calibration: Calibration) -> None:
+    """Put the thresholds into a checkpoint, which stays whole whatever happens meanwhile."""
+    checkpoint = load_checkpoint(path)
+    checkpoint["dance_seg"]["exits"] = calibration.as_record()
+    save_checkpoint(checkpoint, path)
+
+
+def calibrated_policy(record: dict[str, Any], model: ExitNetwork, *, at: str) -> ExitPolicy | None:
+    """The policy that a checkpoint's record holds for its network; None where it was never calibrated.
+
+    Raises CheckpointError, beginning with `at`, when the record holds something else.
+    """
+    exits = record.get("exits")
+    if exits is None:
+        return None
+    try:
+        policy = ExitPolicy.from_record(exits["policy"] if isinstance(exits, dict) else exits)
+        policy.check_fits(model.num_exits)
+    except (ValueError, KeyError) as error:
+        raise CheckpointError(f"{at}: its exit policy is damaged: {error}; calibrate again") from None
+    return policy
+
+
+def refuse_overlap(record: dict[str, Any], names: Iterable[str], split: str) -> None:
+    """Raise ValueError when thresholds were chosen on images that are to be scored."""
+    shared = set(names) & set(record["exits"].get("names", ()))
+    if shared:
+        raise ValueError(
+            f"{len(shared)} images of {split}, such as {min(shared)}, were used to calibrate the exits "
+            f"(split {record['exits'].get('split')}), so a score on them would flatter; evaluate another --split, "
+            "calibrate on another, or give --exit last"
+        )
+
+
+def fixed_exit(num_exits: int, exit: int) -> ExitPolicy:
+    """The policy by which every image leaves at one exit, from 0; no other is asked.
+
+    >>> fixed_exit(3, 1).asked
+    (False, True, True)
+    """
+    if not 0 <= exit < num_exits:
+        raise ValueError(f"exit {exit + 1} does not exist; the network has {num_exits} exits, from 1 to {num_exits}")
+    return ExitPolicy(thresholds=tuple(0.0 if place == exit else math.inf for place in range(num_exits - 1)))

@@ -1,0 +1,278 @@
+"""Which images leave at which exit: a score of how sure an exit is, and a threshold for it at each exit.
+
+N images, C classes, h and w rows and columns of the coarse logits, H and W of the labels, K exits.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, NamedTuple, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dance_seg.early_exit.exits import ExitNetwork
+from dance_seg.evaluator import argmax, labels_of, refuse_not_finite
+from dance_seg.sample import CoarseLogits
+
+Score = Literal["confident", "mean", "entropy"]
+
+LEAST_LOGIT = -200.0
+"""Relative to the leading one; its probability is 0 in float32, and times the logit it is still 0 and not NaN."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExitPolicy:
+    """When an image stops: at the first exit whose score of it is at least that exit's threshold.
+
+    The score says how sure the exit is of the image as a whole, in [0, 1]; a pixel's confidence is its largest
+    probability, its entropy that of its probabilities over the log of the number of classes.
+
+    * confident: share of the pixels whose confidence is at least `confident_from`;
+    * mean: mean confidence;
+    * entropy: 1 - mean entropy.
+
+    An exit is never sure along boundaries, of easy images too. Pixels that differ from a neighbour in the predicted
+    mask count `boundary_weight` in these means (an idea of MESS, as far as recalled); 1 is the plain mean.
+
+    A threshold of 0 lets every image leave, and of infinity none: then the exit is not asked and its head does not
+    run. Thresholds belong to the network and the score they were calibrated for. Raises ValueError for values that
+    make no sense.
+
+    >>> ExitPolicy(score="entropy", thresholds=(0.9, math.inf)).asked
+    (True, False, True)
+    """
+
+    score: Score = "confident"
+    confident_from: float = 0.9
+    boundary_weight: float = 1.0
+    thresholds: tuple[float, ...] = ()  # one per exit but the last
+
+    def __post_init__(self) -> None:
+        """Refuse values that make no sense; lists become tuples."""
+        if self.score not in get_args(Score):
+            raise ValueError(f"score is {self.score!r}; choose one of {', '.join(get_args(Score))}")
+        if not (_number(self.confident_from) and 0 < self.confident_from <= 1):
+            raise ValueError(f"confident_from is {self.confident_from!r}: a confidence above 0 and at most 1, say 0.9")
+        if not (_number(self.boundary_weight) and 0 <= self.boundary_weight <= 1):
+            raise ValueError(
+                f"boundary_weight is {self.boundary_weight!r}: 0 leaves boundaries out, 1 is the plain mean"
+            )
+        allowed = "one number from 0 to 1 per exit but the last, or inf where an exit is never asked"
+        if not isinstance(self.thresholds, tuple | list):
+            raise ValueError(f"thresholds is {self.thresholds!r}: {allowed}")
+        for place, threshold in enumerate(self.thresholds):
+            if not _number(threshold) or not (0 <= threshold <= 1 or threshold == math.inf):
+                raise ValueError(f"thresholds[{place}] is {threshold!r}: {allowed}")
+        object.__setattr__(self, "thresholds", tuple(float(threshold) for threshold in self.thresholds))
+
+    @property
+    def asked(self) -> tuple[bool, ...]:
+        """Which of the K exits are asked, so that their head runs; the last one always."""
+        return (*(threshold < math.inf for threshold in self.thresholds), True)
+
+    @torch.no_grad()
+    def scores(self, coarse: CoarseLogits, size: Sequence[int] | None = None) -> Tensor:
+        """How sure an exit is of each image: float32 (N,) in [0, 1], computed on the coarse logits.
+
+        `size` (H, W) is that of the images where they were padded; what lies outside of them does not count.
+        Raises ValueError when a logit is NaN or infinite.
+
+        >>> coarse = CoarseLogits(torch.tensor([[[[4.0, 0.0]], [[0.0, 0.0]]]]), (1, 2), align_corners=False)
+        >>> ExitPolicy().scores(coarse), ExitPolicy().scores(coarse, (1, 1))
+        (tensor([0.5000]), tensor([1.]))
+        """
+        logits = within_image(coarse, coarse.padded_size if size is None else size).float()
+        refuse_not_finite(logits)
+        values = self.sureness(logits)
+        if self.boundary_weight == 1:
+            return values.mean(dim=(1, 2)).clamp(0, 1)
+        weights = torch.where(predicted_boundary(logits), self.boundary_weight, 1.0)
+        total = weights.sum(dim=(1, 2))
+        weighted = (values * weights).sum(dim=(1, 2)) / total
+        return torch.where(total > 0, weighted, values.mean(dim=(1, 2))).clamp(0, 1)
+
+    def sureness(self, logits_NChw: Tensor) -> Tensor:
+        """What the score is the mean of: float32 (N, h, w) in [0, 1]."""
+        below = logits_NChw - logits_NChw.amax(1, keepdim=True)
+        odds = below.exp()  # of each class against the leading one
+        total = odds.sum(1)
+        if self.score == "mean":
+            return total.reciprocal()
+        if self.score == "confident":
+            return (total.reciprocal() >= self.confident_from).float()
+        entropy = total.log() - (odds * below.clamp(min=LEAST_LOGIT)).sum(1) / total
+        return 1 - entropy / math.log(max(2, logits_NChw.shape[1]))
+
+    def check_fits(self, num_exits: int) -> None:
+        """Raise ValueError unless there is one threshold for each of a network's exits but the last."""
+        if len(self.thresholds) != num_exits - 1:
+            raise ValueError(
+                f"thresholds has {len(self.thresholds)} values and the network {num_exits} exits, which takes "
+                f"{num_exits - 1}, one per exit but the last; calibrate this network (python -m tools.calibrate)"
+            )
+
+    def as_record(self) -> dict[str, Any]:
+        """Plain data for a checkpoint or JSON; infinity, which JSON does not have, as None."""
+        never = [None if threshold == math.inf else threshold for threshold in self.thresholds]
+        return {**asdict(self), "thresholds": never}
+
+    @classmethod
+    def from_record(cls, record: Any) -> "ExitPolicy":
+        """What `as_record` wrote; raises ValueError, naming the key, for anything else.
+
+        >>> ExitPolicy.from_record(ExitPolicy(thresholds=(0.5, math.inf)).as_record()).thresholds
+        (0.5, inf)
+        """
+        keys = [field.name for field in fields(cls)]
+        if not isinstance(record, Mapping):
+            raise ValueError(f"the record of an exit policy is {type(record).__name__}; it maps {', '.join(keys)}")
+        for key in keys:
+            if key not in record:
+                raise ValueError(f"{key} is missing in the record of an exit policy, which has {', '.join(keys)}")
+        for key in record:
+            if key not in keys:
+                raise ValueError(f"{key!r} is unknown in the record of an exit policy, which has {', '.join(keys)}")
+        written = record["thresholds"]
+        if not isinstance(written, tuple | list):
+            raise ValueError(f"thresholds is {written!r}: a list of numbers from 0 to 1, or null for an exit not asked")
+        return cls(**{**record, "thresholds": tuple(math.inf if value is None else value for value in written)})
+
+
+class Decided(NamedTuple):
+    """The labels of a batch, and where each image left."""
+
+    labels: Tensor  # uint8 (N, H, W), on the CPU
+    exits: Tensor  # int64 (N,): the exit taken, from 0
+    scores: Tensor  # float32 (N,): the score at the exit taken; NaN where none was computed, as at the last exit
+
+
+class EveryExit(NamedTuple):
+    """What each exit says of a batch: what thresholds are calibrated on."""
+
+    labels: Tensor  # uint8 (K, N, H, W), on the CPU
+    scores: Tensor  # float32 (N, K)
+
+
+@torch.no_grad()
+def decide(
+    model: ExitNetwork,
+    images: Tensor,
+    size: tuple[int, int],
+    policy: ExitPolicy,
+    deadline: Callable[[], bool] | None = None,
+) -> Decided:
+    """Class indices at `size` (H, W), from normalised images (N, 3, h, w), each by the exit where the policy stops it.
+
+    Images that leave are taken out of the batch, and when none is left the rest of the network does not run. With all
+    thresholds infinite the labels are those of `predict_labels`, bit for bit.
+
+    With a `deadline` (anytime inference), every exit is asked, so that there is an answer at each, and at the first
+    after which deadline() is true all images leave. All heads are then paid for.
+
+    Raises ValueError when the thresholds are not one per exit but the last, when the network is in training mode, and
+    when logits are not finite.
+    """
+    policy.check_fits(model.num_exits)
+    refuse_training(model)
+    last = model.num_exits - 1
+    wanted = policy.asked if deadline is None else (True,) * model.num_exits
+    thresholds = (*policy.thresholds, math.inf)
+    labels = torch.empty((len(images), *size), dtype=torch.uint8)
+    exits = torch.full((len(images),), last)
+    scores = torch.full((len(images),), math.nan)
+    there = torch.arange(len(images))  # the images that are still there
+    with closing(model.exits(images, wanted)) as walk:
+        coarse = next(walk)
+        for exit in range(last + 1):
+            stays = torch.ones(len(there), dtype=torch.bool)
+            if coarse is not None:
+                if thresholds[exit] < math.inf:
+                    found = policy.scores(coarse, images.shape[-2:]).cpu()
+                    scores[there] = found
+                    stays = ~(found >= thresholds[exit])
+                if exit == last or (deadline is not None and deadline()):
+                    stays[:] = False
+            leaving = (~stays).nonzero().squeeze(1)
+            if len(leaving):
+                assert coarse is not None
+                exits[there[leaving]] = exit
+                labels[there[leaving]] = labels_of(rows(coarse, leaving), images.shape[-2:], size)
+            if len(leaving) == len(there):
+                break
+            kept = stays.nonzero().squeeze(1)
+            there = there[kept]
+            scores[there] = math.nan
+            coarse = walk.send(kept.to(images.device)) if len(leaving) else next(walk)
+    return Decided(labels, exits, scores)
+
+
+@torch.no_grad()
+def at_every_exit(model: ExitNetwork, images: Tensor, size: tuple[int, int], policy: ExitPolicy) -> EveryExit:
+    """What every exit says of normalised images (N, 3, h, w), whatever the policy's thresholds: to calibrate them.
+
+    Raises ValueError as `decide` does, but for the thresholds.
+    """
+    refuse_training(model)
+    found = [coarse for coarse in model.exits(images) if coarse is not None]
+    labels = [labels_of(coarse, images.shape[-2:], size) for coarse in found]
+    scores = [policy.scores(coarse, images.shape[-2:]).cpu() for coarse in found]
+    return EveryExit(torch.stack(labels), torch.stack(scores, dim=1))
+
+
+def refuse_training(model: ExitNetwork) -> None:
+    """Raise ValueError when the network is in training mode: who leaves would change who stays, through BatchNorm."""
+    if model.training:
+        raise ValueError("the network is in training mode, where images of a batch depend on one another; call eval()")
+
+
+def rows(coarse: CoarseLogits, kept: Tensor) -> CoarseLogits:
+    """The coarse logits of some images; those of all without a copy."""
+    if len(kept) == len(coarse.logits):
+        return coarse
+    return coarse._replace(logits=coarse.logits.index_select(0, kept.to(coarse.logits.device)))
+
+
+def within_image(coarse: CoarseLogits, size: Sequence[int]) -> Tensor:
+    """The part of the coarse logits that belongs to images of `size` (H, W), not to their padding.
+
+    Rows and columns in proportion, those that hold any of the image counted in.
+
+    >>> within_image(CoarseLogits(torch.zeros(1, 2, 8, 8), (64, 64), align_corners=False), (45, 64)).shape
+    torch.Size([1, 2, 6, 8])
+    """
+    height, width = coarse.logits.shape[-2:]
+    kept_rows = -(-height * size[0] // coarse.padded_size[0])
+    kept_columns = -(-width * size[1] // coarse.padded_size[1])
+    return coarse.logits[..., :kept_rows, :kept_columns]
+
+
+def predicted_boundary(logits_NChw: Tensor) -> Tensor:
+    """Where the predicted class differs from that of the pixel above, below, left or right: bool (N, h, w).
+
+    >>> predicted_boundary(torch.tensor([[[[0.0, 0.0, 2.0]], [[1.0, 1.0, 1.0]]]])).tolist()
+    [[[False, True, True]]]
+    """
+    mask = leading_class(logits_NChw)
+    boundary = torch.zeros_like(mask, dtype=torch.bool)
+    down, across = mask[:, 1:] != mask[:, :-1], mask[:, :, 1:] != mask[:, :, :-1]
+    boundary[:, 1:] |= down
+    boundary[:, :-1] |= down
+    boundary[:, :, 1:] |= across
+    boundary[:, :, :-1] |= across
+    return boundary
+
+
+def leading_class(logits_NChw: Tensor) -> Tensor:
+    """The index (N, h, w) of the largest logit."""
+    if logits_NChw.device.type != "cpu":
+        return logits_NChw.argmax(1)
+    return torch.from_numpy(
+        np.stack([argmax(logits) for logits in logits_NChw.detach().numpy()])
+    )  # much faster than torch's
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -1,0 +1,190 @@
+"""A run of a network with exits: trained, calibrated, scored by its thresholds, continued in the middle of an epoch."""
+
+import json
+import math
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from dance_seg.build import load_run, train
+from dance_seg.calibration import (
+    calibrate,
+    calibrated_policy,
+    exits_of_split,
+    fixed_exit,
+    path_milliseconds,
+    refuse_overlap,
+    write_calibration,
+)
+from dance_seg.checkpoint import load_checkpoint, save_checkpoint
+from dance_seg.early_exit.exits import ExitNetwork
+from dance_seg.early_exit.paths import path_costs
+from dance_seg.early_exit.policy import ExitPolicy
+from dance_seg.errors import CheckpointError
+from dance_seg.export import export_safetensors
+from dance_seg.inference import Protocol, evaluate, predictions
+from dance_seg.metrics import confusion_matrix, scores
+from dance_seg.part import Part
+from dance_seg.predict import load_predictor
+from dance_seg.tracking import read_metrics
+from datamodules import build_datamodule
+from tests.dance_seg.early_exit.toy import Toy
+from tests.tiny import tiny
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("exits")
+    recipe = tiny("data.args.num_val=6", "early_exit.weights=[0.5,1,1]", cache=folder / "cache")
+    recipe = replace(recipe, model=Part("ranet", {"size": "tiny"}))
+    datamodule = build_datamodule(recipe)
+    return train(recipe, datamodule, folder / "run"), datamodule
+
+
+@pytest.fixture
+def network(trained):
+    model, record, path = load_run(trained[0])
+    assert isinstance(model, ExitNetwork)
+    return model, record, path
+
+
+def miou_of(found, num_classes):
+    matrix = np.zeros((num_classes, num_classes), np.int64)
+    for one in found:
+        matrix += confusion_matrix(one.prediction, one.label, num_classes)
+    return scores(matrix).miou
+
+
+def test_every_exit_is_scored_and_the_last_one_is_the_score(trained, network):
+    folder, datamodule = trained
+    last = [row for row in read_metrics(folder / "metrics.jsonl") if "val/miou" in row][-1]
+    model = load_run(folder, "last")[0]
+    for exit in range(2):
+        found = list(predictions(model, datamodule, "val", policy=fixed_exit(3, exit)))
+        assert miou_of(found, 11) == pytest.approx(last[f"val/miou/exit_{exit + 1}"], abs=1e-9)
+        assert {one.exit for one in found} == {exit}
+    assert evaluate(model, datamodule, "val").miou == pytest.approx(last["val/miou"], abs=1e-9)
+    assert {"train/loss/exit_1", "train/loss/exit_3"} <= set().union(*read_metrics(folder / "metrics.jsonl"))
+
+
+def test_thresholds_meet_the_budget_and_score_what_the_table_said(trained, network):
+    _, datamodule = trained
+    model, _, _ = network
+    # An untrained network is sure of nothing: the score that tells images apart most finely.
+    calibration, _ = calibrate(model, datamodule, budget=0.7, split="val", policy=ExitPolicy(score="mean"))
+    costs = path_costs(model, (64, 64))
+    found = list(predictions(model, datamodule, "val", policy=calibration.policy))
+    spent = [costs.total(one.exit, calibration.policy.asked) for one in found]
+    assert np.mean(spent) == pytest.approx(calibration.achieved["macs"])
+    assert np.mean(spent) <= 0.7 * costs.full * (1 + 1e-9)
+    assert miou_of(found, 11) == pytest.approx(calibration.achieved["miou"], abs=1e-9)
+
+
+def test_a_calibrated_checkpoint_stops_after_a_reload_and_trains_on(trained, network, tmp_path):
+    folder, datamodule = trained
+    model, _, path = network
+    calibration, _ = calibrate(model, datamodule, budget=0.6, split="val", policy=ExitPolicy(score="entropy"))
+    copied = tmp_path / "calibrated.ckpt"
+    save_checkpoint(load_checkpoint(path), copied)
+    write_calibration(copied, calibration)
+    again, record, _ = load_run(folder, str(copied))
+    assert calibrated_policy(record, again, at="here") == calibration.policy
+    before, after = load_checkpoint(path), load_checkpoint(copied)
+    assert before["state_dict"].keys() == after["state_dict"].keys()
+    assert all(torch.equal(before["state_dict"][name], after["state_dict"][name]) for name in before["state_dict"])
+
+
+def test_nobody_scores_on_the_images_that_thresholds_were_chosen_on(trained, network):
+    _, datamodule = trained
+    model, record, _ = network
+    calibration, _ = calibrate(model, datamodule, budget=1.0, split="val")
+    record = {**record, "exits": calibration.as_record()}
+    refuse_overlap(record, datamodule.source("test").names, "test")
+    with pytest.raises(ValueError, match=r"6 images of val, such as .* were used to calibrate"):
+        refuse_overlap(record, datamodule.source("val").names, "val")
+
+
+def test_a_budget_that_no_thresholds_meet_is_refused_with_the_limits(trained, network):
+    model = network[0]
+    least = path_costs(model, (64, 64)).cheapest / path_costs(model, (64, 64)).full
+    for budget in (least - 0.01, 1.01, math.nan):
+        with pytest.raises(ValueError, match=f"costs {least:.3f} of it in MACs: give a share from"):
+            calibrate(model, trained[1], budget=budget, split="val")
+
+
+@pytest.mark.parametrize("damage", [5, {"policy": {}}, {}, {"policy": ExitPolicy(thresholds=(0.5,)).as_record()}])
+def test_a_damaged_policy_is_refused(network, damage):
+    model, record, path = network
+    with pytest.raises(CheckpointError, match="its exit policy is damaged"):
+        calibrated_policy({**record, "exits": damage}, model, at=str(path))
+
+
+def test_exits_go_with_whole_images_alone(trained, network):
+    with pytest.raises(ValueError, match="whole images seen once"):
+        next(predictions(network[0], trained[1], "val", Protocol(flip=True), fixed_exit(3, 0)))
+    with pytest.raises(ValueError, match="exit 4 does not exist; the network has 3"):
+        fixed_exit(3, 3)
+
+
+def test_predictions_of_a_file_stop_where_the_checkpoint_says(trained, network, tmp_path):
+    folder, datamodule = trained
+    model, record, path = network
+    calibration, _ = calibrate(model, datamodule, budget=0.3, split="val", policy=ExitPolicy(score="mean"))
+    assert 0 < calibration.achieved["exits"][0] < 1
+    copied = tmp_path / "calibrated.ckpt"
+    save_checkpoint(load_checkpoint(path), copied)
+    write_calibration(copied, calibration)
+    model, record, _ = load_run(folder, str(copied))
+    exported = tmp_path / "network.safetensors"
+    export_safetensors(model, exported, record=record)
+    for file in (copied, exported):
+        predictor = load_predictor(file)
+        for index, one in enumerate(predictions(model, datamodule, "val", policy=calibration.policy)):
+            assert np.array_equal(predictor(datamodule.source("val").load(index).image), one.prediction)
+
+
+def test_the_table_counts_every_exit_of_every_image(trained, network):
+    _, datamodule = trained
+    found = exits_of_split(network[0], datamodule, "val", ExitPolicy())
+    assert found.names == tuple(datamodule.source("val").names)
+    labelled = [(datamodule.source("val").load(index).label != 255).sum() for index in range(6)]
+    assert (found.matrices.sum(axis=(2, 3)) == np.array(labelled)[:, None]).all()
+
+
+def test_the_ways_of_a_network_are_timed_each():
+    costs = path_milliseconds(Toy().eval(), (9, 12), rounds=3)
+    assert costs.unit == "milliseconds"
+    assert len(costs.trunk) == len(costs.heads) == 3
+    assert all(value >= 0 for value in (*costs.trunk, *costs.heads))
+    assert costs.full > 0
+
+
+def test_the_tools_calibrate_evaluate_and_refuse(trained, tmp_path):
+    folder, _ = trained
+
+    def call(verb, *arguments):
+        command = [sys.executable, "-m", f"tools.{verb}", str(folder), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+
+    figures = tmp_path / "figures.json"
+    done = call("calibrate", "--budget", "0.7", "--score", "mean", "--json", str(figures))
+    assert done.returncode == 0, done.stderr
+    assert "calibrated on val: 6 images" in done.stdout
+    assert json.loads(figures.read_text())["achieved"]["macs_share"] <= 0.7
+    assert json.loads((folder / "calibration.json").read_text())["curves"]["macs"]
+    done = call("evaluate", "--split", "test", "--json", str(figures))
+    assert done.returncode == 0, done.stderr
+    assert "left at exit 1" in done.stdout
+    assert sum(json.loads(figures.read_text())["exits"]["shares"]) == pytest.approx(1)
+    done = call("evaluate")
+    assert done.returncode == 2
+    assert "were used to calibrate" in done.stderr
+    done = call("evaluate", "--exit", "last")
+    assert done.returncode == 0, done.stderr
+    done = call("calibrate", "--budget", "0.01")
+    assert done.returncode == 2
+    assert "give a share from" in done.stderr
