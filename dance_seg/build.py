@@ -3,6 +3,7 @@
 import json
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -29,6 +30,7 @@ from dance_seg.callbacks import (
 )
 from dance_seg.checkpoint import atomic_checkpoint_io, newest_valid
 from dance_seg.early_exit.exits import ExitNetwork
+from dance_seg.losses import SoftLabels
 from dance_seg.machine import write_text
 from dance_seg.models import MODELS
 from dance_seg.module import SegmentationModule
@@ -95,6 +97,8 @@ def build_module(recipe: Recipe, model: nn.Module, datamodule: "SegmentationData
         batch_size=datamodule.batch_size,
         ema=options.ema,
         early_exit=recipe.early_exit,
+        soft_labels=recipe.soft_labels,
+        teacher=load_teacher(recipe.soft_labels, datamodule.classes) if recipe.soft_labels is not None else None,
     )
     if options.compile:
         module.model.compile(dynamic=True)
@@ -326,6 +330,23 @@ def load_run(folder: Path, choice: str = "best") -> tuple[nn.Module, dict[str, A
     path, _ = checkpoint_of(folder / "checkpoints", choice)
     model, record = load_model(path)
     return model, record, path
+
+
+def load_teacher(soft_labels: SoftLabels, classes: Sequence[str]) -> nn.Module:
+    """The network whose soft labels a recipe learns from.
+
+    Raises ValueError when there is no such run, or it tells other classes apart.
+    """
+    try:
+        model, record, path = load_run(Path(soft_labels.teacher))
+    except ValueError as error:
+        raise ValueError(f"soft_labels.teacher: {error}") from None
+    if list(classes) != record["labels"]["classes"]:
+        raise ValueError(
+            f"soft_labels.teacher: {path} tells {', '.join(record['labels']['classes'])} apart; the data has "
+            f"{', '.join(classes)}"
+        )
+    return model
 
 
 def _with_measured_execution(

@@ -60,6 +60,24 @@ class Loss:
                 )
 
 
+@dataclass(frozen=True, kw_only=True)
+class SoftLabels:
+    """What a trained network adds to the labels: a run whose soft labels are learnt from, and how much they count.
+
+    >>> SoftLabels(teacher="runs/big").weight
+    1.0
+    """
+
+    teacher: str  # a run folder, whose best checkpoint teaches; it sees the same images, as small as they are
+    weight: float = 1.0  # against the loss of the labels
+    temperature: float = 2.0
+
+    def __post_init__(self) -> None:
+        for name in ("weight", "temperature"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"soft_labels.{name} is {getattr(self, name)}; it takes a positive number")
+
+
 _CROSS_ENTROPY_ONLY = {"class_weights": None, "label_smoothing": 0.0, "ohem": None}
 
 
@@ -133,6 +151,22 @@ def pixel_mean(losses_NHW: Tensor, labels_NHW: Tensor) -> Tensor:
     """
     counted_NHW = labels_NHW != IGNORE
     return (losses_NHW * counted_NHW).sum((1, 2)) / counted_NHW.sum((1, 2)).clamp(min=1)
+
+
+def soft_label_loss(logits_NCHW: Tensor, teacher_NCHW: Tensor, labels_NHW: Tensor, temperature: float) -> Tensor:
+    """Distance of each image's logits (N,) from a teacher's: T^2 KL(softmax(teacher/T) || softmax(logits/T)).
+
+    The mean over the pixels that are not ignored. Times T^2, so that its gradient stays as large as a hard label's
+    (Hinton, Vinyals and Dean, arXiv 1503.02531).
+
+    >>> same = torch.randn(1, 3, 2, 2)
+    >>> soft_label_loss(same, same, torch.zeros(1, 2, 2, dtype=torch.long), 2.0).abs().item() < 1e-6
+    True
+    """
+    log_student = F.log_softmax(logits_NCHW.float() / temperature, dim=1)
+    log_teacher = F.log_softmax(teacher_NCHW.float() / temperature, dim=1)
+    distance_NHW = (log_teacher.exp() * (log_teacher - log_student)).sum(1)
+    return temperature**2 * pixel_mean(distance_NHW, labels_NHW)
 
 
 def ohem(losses_NHW: Tensor, labels_NHW: Tensor, keep: float) -> Tensor:

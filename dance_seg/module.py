@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dance_seg.early_exit.exits import ExitNetwork, Outputs, every_exit
 from dance_seg.early_exit.learning import EarlyExit, exit_losses
 from dance_seg.inference import predict_labels
-from dance_seg.losses import Loss, per_sample_loss, weighted_mean
+from dance_seg.losses import Loss, SoftLabels, per_sample_loss, soft_label_loss, weighted_mean
 from dance_seg.metrics import ConfusionMatrix
 from dance_seg.network_slimming.channels import Group
 from dance_seg.network_slimming.importance import absolute_sum, scales_of
@@ -27,9 +27,10 @@ class SegmentationModule(LightningModule):
     """Trains a model on batches of one size whose images count by their weights.
 
     `model` maps images (N, 3, H, W) to logits (N, C, H, W); one with exits to its `Outputs`, which `early_exit` turns
-    into a loss, and each exit is validated. `batch_size` is the global batch the learning rate is
-    meant for; batches of another size scale it (Optimizer.batch_factor). With `ema`, a decaying average of the
-    weights is kept and is what gets validated, chosen and exported.
+    into a loss, and each exit is validated. With `soft_labels` the logits of a `teacher`, which does not learn, are
+    learnt beside the labels, at every exit. `batch_size` is the global batch the learning rate is meant for; batches
+    of another size scale it (Optimizer.batch_factor). With `ema`, a decaying average of the weights is kept and is
+    what gets validated, chosen and exported.
     """
 
     def __init__(
@@ -42,6 +43,8 @@ class SegmentationModule(LightningModule):
         batch_size: int = 8,
         ema: float | None = None,
         early_exit: EarlyExit | None = None,
+        soft_labels: SoftLabels | None = None,
+        teacher: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -53,6 +56,10 @@ class SegmentationModule(LightningModule):
         self.early_exit = early_exit or EarlyExit()
         num_exits = model.num_exits if isinstance(model, ExitNetwork) else 1
         self.early_exit.weights_of(num_exits)  # a recipe for another network is refused before it trains
+        if (soft_labels is None) != (teacher is None):
+            raise ValueError("soft_labels and a teacher go together: the one says how much the other's logits count")
+        self.soft_labels = soft_labels
+        self._teacher = (teacher,)  # no submodule: it is neither saved nor synchronised
         self.matrices = nn.ModuleList(ConfusionMatrix(len(self.classes)) for _ in range(num_exits))  # the last decides
         self.sparsity, self._scales = 0.0, list[nn.Parameter]()
         self.last_losses: Tensor | None = None  # (N,), of the newest training step, before weights
@@ -89,6 +96,8 @@ class SegmentationModule(LightningModule):
             self.log_dict({f"train/loss/exit_{k}": own.mean() for k, own in enumerate(of_exits, start=1)})
         else:
             losses = per_sample_loss(output, batch.labels, self.loss)
+        if self.teacher is not None:
+            losses = losses + self._learnt_from_teacher(output, batch)
         self.last_losses = losses.detach()
         loss = weighted_mean(losses, batch.weights)
         self.log("train/loss", loss, prog_bar=True)
@@ -98,6 +107,21 @@ class SegmentationModule(LightningModule):
             loss = loss + self.sparsity * absolute_sum(self._scales)
         self.log_dict({"train/lr": self._learning_rate(), "train/progress": batch.progress})
         return loss
+
+    @property
+    def teacher(self) -> nn.Module | None:
+        """The network whose soft labels are learnt, if there is one."""
+        return self._teacher[0]
+
+    def _learnt_from_teacher(self, output: Outputs | Tensor, batch: Batch) -> Tensor:
+        """Distance of each image's logits (N,) from the teacher's; the mean over the exits."""
+        assert self.teacher is not None
+        assert self.soft_labels is not None
+        with torch.no_grad():
+            soft = self.teacher(batch.images)
+        exits = output.logits if isinstance(output, Outputs) else (output,)
+        each = [soft_label_loss(logits, soft, batch.labels, self.soft_labels.temperature) for logits in exits]
+        return self.soft_labels.weight * torch.stack(each).mean(0)
 
     def _learning_rate(self) -> float:
         return self.optimizers(use_pl_optimizer=False).param_groups[-1]["lr"]  # type: ignore[union-attr]
@@ -159,9 +183,11 @@ class SegmentationModule(LightningModule):
             module.training = training
 
     def on_fit_start(self) -> None:
-        """Bring the average to the device; it is no submodule, since DDP would synchronise it for nothing."""
+        """Bring average and teacher to the device; as submodules, DDP would synchronise them for nothing."""
         if self.average is not None:
             self.average.model.to(self.device)
+        if self.teacher is not None:
+            self.teacher.to(self.device).eval().requires_grad_(False)
 
     def on_validation_epoch_start(self) -> None:
         """Score from nothing."""

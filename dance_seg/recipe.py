@@ -16,7 +16,7 @@ from dance_seg.data_slimming.adaptive import AdaptiveResolution
 from dance_seg.data_slimming.plan import DataSlimming
 from dance_seg.distillation.online import OnlineDistillation
 from dance_seg.early_exit.learning import EarlyExit
-from dance_seg.losses import Loss
+from dance_seg.losses import Loss, SoftLabels
 from dance_seg.machine import write_text
 from dance_seg.network_slimming.schedule import NetworkSlimming
 from dance_seg.options import Optimizer, Tracking, Training, plain
@@ -36,6 +36,7 @@ class Recipe:
     name: str = ""  # of the run's folder; the file's name when empty
     seed: int = 0
     loss: Loss = field(default_factory=Loss)
+    soft_labels: SoftLabels | None = None  # of a trained network, learnt beside the labels
     optimizer: Optimizer = field(default_factory=Optimizer)
     data_slimming: DataSlimming | None = None
     network_slimming: NetworkSlimming | None = None

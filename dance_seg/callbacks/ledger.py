@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pytorch_lightning import Callback, LightningModule, Trainer
-from torch import Tensor
+from torch import Tensor, nn
 
 from dance_seg.cost.ledger import Ledger, MacsPerSize, merge_ranks
 from dance_seg.cost.macs import Cost, count_macs
@@ -26,6 +26,7 @@ class CostLedger(Callback):
         self.ledger = Ledger()
         self.folder = folder
         self._macs: MacsPerSize | None = None
+        self._taught_at: dict[tuple[int, int], int] = {}  # MACs of the teacher, by size
         self._inference_sizes: dict[tuple[int, int], float] | None = None
         self._mark = 0.0
 
@@ -59,7 +60,15 @@ class CostLedger(Callback):
             seconds=now - self._mark,
             decodes=batch.decodes,
         )
+        if pl_module.teacher is not None:  # its seconds are the step's
+            taught = self._teacher_macs((int(height), int(width)), pl_module.teacher)
+            self.ledger.add("teacher", seconds=0.0, macs=images * taught)
         self._mark = now
+
+    def _teacher_macs(self, size: tuple[int, int], teacher: nn.Module) -> int:
+        if size not in self._taught_at:
+            self._taught_at[size] = count_macs(teacher, size).macs
+        return self._taught_at[size]
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Validation is timed apart."""

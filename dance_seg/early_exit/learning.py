@@ -7,11 +7,10 @@ the last exit's logits where they teach.
 import math
 from dataclasses import dataclass
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from dance_seg.early_exit.exits import Outputs
-from dance_seg.losses import Loss, per_sample_loss, pixel_mean
+from dance_seg.losses import Loss, per_sample_loss, soft_label_loss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,20 +60,3 @@ def exit_losses(
             total = total + options.self_distillation * soft_label_loss(logits, last, labels_NHW, options.temperature)
     assert isinstance(total, Tensor)
     return total, each
-
-
-def soft_label_loss(logits_NCHW: Tensor, teacher_NCHW: Tensor, labels_NHW: Tensor, temperature: float) -> Tensor:
-    """Distance of each image's logits (N,) from a teacher's: T^2 KL(softmax(teacher/T) || softmax(logits/T)).
-
-    The mean over the pixels that are not ignored. Times T^2, so that its gradient stays as large as a hard label's
-    (Hinton, Vinyals and Dean, arXiv 1503.02531).
-
-    >>> import torch
-    >>> same = torch.randn(1, 3, 2, 2)
-    >>> soft_label_loss(same, same, torch.zeros(1, 2, 2, dtype=torch.long), 2.0).abs().item() < 1e-6
-    True
-    """
-    log_student = F.log_softmax(logits_NCHW.float() / temperature, dim=1)
-    log_teacher = F.log_softmax(teacher_NCHW.float() / temperature, dim=1)
-    distance_NHW = (log_teacher.exp() * (log_teacher - log_student)).sum(1)
-    return temperature**2 * pixel_mean(distance_NHW, labels_NHW)

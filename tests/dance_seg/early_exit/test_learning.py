@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from dance_seg.early_exit.exits import Outputs
-from dance_seg.early_exit.learning import EarlyExit, exit_losses, soft_label_loss
-from dance_seg.losses import Loss, per_sample_loss
+from dance_seg.early_exit.learning import EarlyExit, exit_losses
+from dance_seg.losses import Loss, per_sample_loss, soft_label_loss
 
 
 @pytest.fixture
