@@ -45,6 +45,9 @@ if TYPE_CHECKING:
     from datamodules.base import SegmentationDataModule
 
 
+LEAST_TAKEN = 0.5
+"""The share of a network's weights that a run to start from must have, since less is a mistake and no start."""
+
 MEASURING_SECONDS = 600
 """How long other ranks wait for rank 0 to prepare the data and measure how to execute a step."""
 
@@ -213,6 +216,8 @@ def train(recipe: Recipe, datamodule: "SegmentationDataModule", folder: Path) ->
     if recipe.trainer.execution == "auto":
         recipe = _with_measured_execution(recipe, folder, model, datamodule)
     found = newest_valid(folder / "checkpoints", "step-*.ckpt")
+    if found is None and recipe.start_from is not None:
+        rank_zero_info(take_weights(model, recipe.start_from))
     if found is not None and "structure" in found[1]:
         restructure(model, found[1]["structure"], at=f"{found[0]}: structure")
     module = build_module(recipe, model, datamodule)
@@ -330,6 +335,29 @@ def load_run(folder: Path, choice: str = "best") -> tuple[nn.Module, dict[str, A
     path, _ = checkpoint_of(folder / "checkpoints", choice)
     model, record = load_model(path)
     return model, record, path
+
+
+def take_weights(model: nn.Module, run: str) -> str:
+    """Give a network the weights of a run's best checkpoint where names and shapes fit; returns what was taken.
+
+    Raises ValueError when there is no such run, or less than half of the network's weights are found in it.
+    """
+    try:
+        source, _, path = load_run(Path(run))
+    except ValueError as error:
+        raise ValueError(f"start_from: {error}") from None
+    given, own = source.state_dict(), model.state_dict()
+    fitting = {name: given[name] for name in own if name in given and given[name].shape == own[name].shape}
+    left = sorted(name for name, _ in model.named_parameters() if name not in fitting)
+    taken = sum(weight.numel() for name, weight in model.named_parameters() if name in fitting)
+    share = taken / max(1, sum(weight.numel() for weight in model.parameters()))
+    if share < LEAST_TAKEN:
+        raise ValueError(
+            f"start_from: only {share:.0%} of this network's weights fit those of {path}; {left[0]} does not; name a "
+            "run of the same model"
+        )
+    model.load_state_dict(fitting, strict=False)
+    return f"Beginning with {share:.0%} of the weights from {path}" + (f"; not {', '.join(left[:3])}" if left else "")
 
 
 def load_teacher(soft_labels: SoftLabels, classes: Sequence[str]) -> nn.Module:

@@ -35,6 +35,7 @@ class Recipe:
     model: Part
     name: str = ""  # of the run's folder; the file's name when empty
     seed: int = 0
+    start_from: str | None = None  # a run whose weights training begins with, where names and shapes fit
     loss: Loss = field(default_factory=Loss)
     soft_labels: SoftLabels | None = None  # of a trained network, learnt beside the labels
     optimizer: Optimizer = field(default_factory=Optimizer)
