@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 RANKS = {
     "sample": 0, "part": 0, "randomness": 0, "errors": 0, "machine": 0, "distributed": 0, "normalise": 0,
     "data_slimming": 1, "losses": 1, "batch_norm": 1, "metrics": 1, "evaluator": 1, "cost": 1, "options": 1,
-    "early_exit": 1.5,
+    "early_exit": 1.5, "supernet": 1.7,
     "boundary": 2, "consistency": 2, "inference": 2,
     "models": 2, "network_slimming": 2,
     "distillation": 3,  # labels by inference, scores by consistency; for recipe and report
@@ -19,7 +19,7 @@ RANKS = {
     "calibration": 4,
     "recipe": 4, "report": 4,
     "execution": 5, "run_folder": 5, "build": 6,
-    "export": 7, "predict": 8,
+    "export": 7, "export_exits": 7.5, "predict": 8,
     "teachers": 8, "stream_pictures": 9, "stream": 10,
 }  # fmt: skip
 

@@ -197,7 +197,6 @@ def solve(table: ExitTable, budget: float, how: How = "direct", *, spend: float 
     """
     if how not in get_args(How):
         raise ValueError(f"how is {how!r}; choose one of {', '.join(get_args(How))}")
-    check_budget(table, budget)
     thresholds = geometric_for(table, budget) if how == "geometric" else direct(table, budget, spend=spend)
     return between_scores(table, thresholds)
 
