@@ -60,7 +60,7 @@ train-%: setup  ## train recipes/%.yaml, such as make train-camvid_data_slimming
 	$(RUN) -m tools.train recipes/$*.yaml $(ARGS)
 
 bench-%: setup  ## measure a benchmark: pipeline, complexity, evaluator, epoch, slimming, adaptive, export, startup or distill
-	$(RUN) -m tools.bench.$*
+	$(RUN) -m tools.bench.$* $(ARGS)
 
 four-rows: setup  ## dense, data, network, both and their controls on CamVid: ROOT=DIR ARGS="--seeds 0 1 key=value ..." (hours)
 	$(RUN) -m tools.bench.four_rows $(if $(ROOT),--root $(ROOT)) $(ARGS)
