@@ -99,7 +99,10 @@ def cards(run: Run) -> tuple[Card, ...]:
     if (gmacs := number(training.get("cost/train_gmacs"))) is not None:
         found.append(Card("Training", figure_text(gmacs), "GMACs", against_dense(run)))
     if (seconds := number(training.get("cost/train_seconds"))) is not None:
-        value, _, unit = seconds_text(seconds).partition(" ") if seconds < 120 else (seconds_text(seconds), "", "")
+        for unit, length in (("h", 3600), ("min", 60), ("s", 1)):  # in one word, to fit into the card
+            if seconds >= 2 * length or unit == "s":
+                break
+        value = figure_text(seconds / length)
         found.append(Card("Training time", value, unit, str(run.circumstances.get("processor", ""))))
     dropped, offered = number(training.get("cost/images_dropped")), number(training.get("cost/images_offered"))
     if dropped is not None:
