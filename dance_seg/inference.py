@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from dance_seg.early_exit.exits import ExitNetwork
 from dance_seg.early_exit.policy import ExitPolicy, decide
+from dance_seg.early_exit.tiles import decide_tiles
 from dance_seg.evaluator import labels_from_logits, labels_of, refuse_not_finite
 from dance_seg.metrics import Scores, confusion_matrix, scores
 from dance_seg.normalise import normalise
@@ -127,7 +128,7 @@ class Predicted(NamedTuple):
     name: str
     prediction: np.ndarray
     label: np.ndarray
-    exit: int | None = None  # where a network with exits stopped, from 0; None where nobody asked
+    exits: tuple[int, ...] = ()  # where a network with exits stopped, from 0, for each tile; none where nobody asked
 
 
 class View(NamedTuple):
@@ -164,26 +165,46 @@ def predictions(
     split: str,
     protocol: Protocol = WHOLE,
     policy: ExitPolicy | None = None,
+    tile: tuple[int, int] | None = None,
 ) -> Iterator[Predicted]:
     """The prediction of each image of a split at its label's size, in the split's order, with a progress bar.
 
-    With a `policy` a network with exits stops where it says. Runs on the first CUDA device where there is one. Raises
-    ValueError when logits are not finite, and for a policy with a protocol of several views or a network of one exit.
+    With a `policy` a network with exits stops where it says, for the whole image or for each `tile` (H, W). Runs on the
+    first CUDA device where there is one. Raises ValueError when logits are not finite, for a policy with a protocol of
+    several views or a network of one exit, and for tiles without a policy or of images that are not at full size.
     """
+    if tile is not None and policy is None:
+        raise ValueError("tiles stop by a policy, and there is none; calibrate the network's exits first")
     if policy is not None and not (isinstance(model, ExitNetwork) and protocol == WHOLE):
         raise ValueError(f"exits are asked of whole images seen once, by a network that has exits; got {protocol}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = model.to(device).eval()
     for batch in tqdm(datamodule.evaluation_loader(split), desc=f"evaluate {split}", unit="image"):
         height, width = batch.labels.shape[-2:]
-        images, exits = normalise(batch.images.to(device)), [None] * len(batch.names)
+        images = normalise(batch.images.to(device))
+        exits: list[tuple[int, ...]] = [()] * len(batch.names)
         if policy is not None and isinstance(model, ExitNetwork):
-            found, taken, _ = decide(model, images, (height, width), policy)
-            exits = taken.tolist()
+            found, taken = decided(model, images, (height, width), policy, tile)
+            exits = [tuple(of_image) for of_image in taken.tolist()]
         else:
             found = predict(model, images, (height, width), protocol)
-        for name, prediction, label, exit in zip(batch.names, found.numpy(), batch.labels.numpy(), exits, strict=True):
-            yield Predicted(name, prediction, label, exit)
+        for name, prediction, label, left in zip(batch.names, found.numpy(), batch.labels.numpy(), exits, strict=True):
+            yield Predicted(name, prediction, label, left)
+
+
+def decided(
+    model: ExitNetwork, images: Tensor, size: tuple[int, int], policy: ExitPolicy, tile: tuple[int, int] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Labels uint8 (N, H, W) at `size`, and the exits (N, T) of whole images (T = 1) or of their tiles."""
+    if tile is None:
+        whole = decide(model, images, size, policy)
+        return whole.labels, whole.exits[:, None]
+    if tuple(images.shape[-2:]) != size:
+        raise ValueError(
+            f"tiles are cut from images at the labels' size {size}, and these are {tuple(images.shape[-2:])}"
+        )
+    tiles = decide_tiles(model, images, policy, tile)
+    return tiles.labels, tiles.exits.flatten(1)
 
 
 # Images -----------------------------------------------------------------------------------------------------------

@@ -66,7 +66,7 @@ def test_every_exit_is_scored_and_the_last_one_is_the_score(trained, network):
     for exit in range(2):
         found = list(predictions(model, datamodule, "val", policy=fixed_exit(3, exit)))
         assert miou_of(found, 11) == pytest.approx(last[f"val/miou/exit_{exit + 1}"], abs=1e-9)
-        assert {one.exit for one in found} == {exit}
+        assert {one.exits for one in found} == {(exit,)}
     assert evaluate(model, datamodule, "val").miou == pytest.approx(last["val/miou"], abs=1e-9)
     assert {"train/loss/exit_1", "train/loss/exit_3"} <= set().union(*read_metrics(folder / "metrics.jsonl"))
 
@@ -78,7 +78,7 @@ def test_thresholds_meet_the_budget_and_score_what_the_table_said(trained, netwo
     calibration, _ = calibrate(model, datamodule, budget=0.7, split="val", policy=ExitPolicy(score="mean"))
     costs = path_costs(model, (64, 64))
     found = list(predictions(model, datamodule, "val", policy=calibration.policy))
-    spent = [costs.total(one.exit, calibration.policy.asked) for one in found]
+    spent = [costs.total(one.exits[0], calibration.policy.asked) for one in found]
     assert np.mean(spent) == pytest.approx(calibration.achieved["macs"])
     assert np.mean(spent) <= 0.7 * costs.full * (1 + 1e-9)
     assert miou_of(found, 11) == pytest.approx(calibration.achieved["miou"], abs=1e-9)
@@ -128,6 +128,19 @@ def test_exits_go_with_whole_images_alone(trained, network):
         next(predictions(network[0], trained[1], "val", Protocol(flip=True), fixed_exit(3, 0)))
     with pytest.raises(ValueError, match="exit 4 does not exist; the network has 3"):
         fixed_exit(3, 3)
+
+
+def test_tiles_stop_apart_and_a_tile_as_large_as_the_image_is_the_image(trained, network):
+    _, datamodule = trained
+    model = network[0]
+    policy = ExitPolicy(score="mean", thresholds=(0.3, math.inf))
+    whole = list(predictions(model, datamodule, "val", policy=policy))
+    for one, other in zip(whole, predictions(model, datamodule, "val", policy=policy, tile=(64, 64)), strict=True):
+        assert np.array_equal(one.prediction, other.prediction)
+        assert one.exits == other.exits
+    assert {len(one.exits) for one in predictions(model, datamodule, "val", policy=policy, tile=(32, 32))} == {4}
+    with pytest.raises(ValueError, match="tiles stop by a policy"):
+        next(predictions(model, datamodule, "val", tile=(32, 32)))
 
 
 def test_predictions_of_a_file_stop_where_the_checkpoint_says(trained, network, tmp_path):

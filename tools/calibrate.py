@@ -98,13 +98,14 @@ def save_pictures(folder: Path, model: Any, datamodule: Any, calibration: "Calib
     folder.mkdir(parents=True, exist_ok=True)
     source, saved = datamodule.source(calibration.split), dict.fromkeys(range(model.num_exits), 0)
     for index, found in enumerate(predictions(model, datamodule, calibration.split, policy=calibration.policy)):
-        if found.exit is None or saved[found.exit] == PICTURES:
+        (exit,) = found.exits
+        if saved[exit] == PICTURES:
             continue
-        saved[found.exit] += 1
+        saved[exit] += 1
         shown = overlay(source.load(index).image, found.prediction, datamodule.label_table.palette)
         picture = Image.fromarray(shown)
         picture.thumbnail((320, 320))
-        picture.save(folder / f"exit_{found.exit + 1}_{saved[found.exit]}_{Path(found.name).name}.png")
+        picture.save(folder / f"exit_{exit + 1}_{saved[exit]}_{Path(found.name).name}.png")
 
 
 def print_table(calibration: "Calibration") -> None:

@@ -37,6 +37,7 @@ def arguments_parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--exit", metavar="K", help="of a network with exits: 1, 2, ... or last; default: as calibrated, else last"
     )
+    made.add_argument("--tile", metavar=("H", "W"), type=int, nargs=2, help="stop tile by tile, not for whole images")
     made.add_argument("--save", metavar="DIR", type=Path, help="write the predictions in the data's official form")
     made.add_argument("--predictions", metavar="DIR", type=Path, help="score these files instead of the network")
     return made
@@ -90,15 +91,14 @@ def main() -> int:
         # The complexity that decides is that of the images it was trained on, which the checkpoint keeps.
         datamodule.adaptive = adaptive_of({**record, "recipe": recipe_record(recipe)})
         policy = exit_policy(model, record, arguments, source.names, split, scored)
-        found = predictions(model, datamodule, split, protocol, policy)
+        found = predictions(model, datamodule, split, protocol, policy, arguments.tile and tuple(arguments.tile))
 
     matrix = np.zeros((len(classes), len(classes)), np.int64)
     boundary = BoundaryIoU(len(classes)) if arguments.boundary else None
     consistency = TemporalConsistency(len(classes)) if arguments.consistency else None
     sizes, previous_group, taken = set(), None, list[int]()
-    for index, (name, prediction, label, exit) in enumerate(found):
-        if exit is not None:
-            taken.append(exit)
+    for index, (name, prediction, label, left) in enumerate(found):
+        taken += left
         matrix += confusion_matrix(prediction, label, len(classes))
         sizes.add(label.shape)
         if boundary:
@@ -137,7 +137,7 @@ def main() -> int:
     print(f"data      {recipe.data.name} {split}: {len(source)} images, labels {described(sizes)} at their own size")
     print(f"protocol  {how}")
     if taken and policy is not None:
-        exits = exits_record(model, taken, datamodule, split, policy)
+        exits = exits_record(model, taken, datamodule, split, policy, arguments.tile)
         figures["exits"] = exits
         print(f"exits     {described_exits(exits)}")
     print(f"score     one confusion matrix over all pixels, void ignored; one run, seed {recipe.seed}")
@@ -182,19 +182,28 @@ def exit_policy(
 
 
 def exits_record(
-    model: Any, taken: list[int], datamodule: "SegmentationDataModule", split: str, policy: "ExitPolicy"
+    model: Any,
+    taken: list[int],
+    datamodule: "SegmentationDataModule",
+    split: str,
+    policy: "ExitPolicy",
+    tile: Sequence[int] | None,
 ) -> dict[str, Any]:
-    """Where the images left, and the MACs they cost on average, each at the size of the split's first image."""
+    """Where images or tiles left, and the MACs of an image on average, each at the size of the split's first image."""
     from dance_seg.early_exit.paths import path_costs
+    from dance_seg.early_exit.tiles import tile_size
     from dance_seg.normalise import downsampled_size
 
-    height, width = datamodule.source(split).load(0).label.shape
-    costs = path_costs(model.cpu(), downsampled_size((height, width), datamodule.resolution))
-    average = sum(costs.total(exit, policy.asked) for exit in taken) / len(taken)
+    source = datamodule.source(split)
+    height, width = downsampled_size(source.load(0).label.shape, datamodule.resolution)
+    seen = tile_size((height, width), (tile[0], tile[1])) if tile else (height, width)
+    costs, full = path_costs(model.cpu(), seen), path_costs(model, (height, width)).full
+    average = sum(costs.total(exit, policy.asked) for exit in taken) / len(source)
     return {
         "shares": [taken.count(exit) / len(taken) for exit in range(model.num_exits)],
         "gmacs": average / 1e9,
-        "macs_share": average / costs.full,
+        "macs_share": average / full,
+        "tile": list(tile) if tile else None,
         "policy": policy.as_record(),
     }
 

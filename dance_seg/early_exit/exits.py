@@ -6,7 +6,7 @@ of the batch, so that stopping saves time in batches too.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +17,9 @@ from dance_seg.sample import CoarseLogits
 
 Walk = Generator[CoarseLogits | None, Tensor | None, None]
 """The exits of a batch, one after another; `send` the indices of the images that go on."""
+
+State = Any
+"""Tensors (N, ...) in lists, tuples and dictionaries of them, and None: what a part of a network hands on."""
 
 
 class Outputs(NamedTuple):
@@ -29,6 +32,10 @@ class Outputs(NamedTuple):
 class ExitNetwork(nn.Module, ABC):
     """A network whose exits each give a full mask: images (N, 3, H, W), normalised -> logits (N, C, H, W), any H and W.
 
+    A network says what it `begin`s with, what its `part`s run between one exit and the next, and what each `head` makes
+    of that. These three look at nothing but what they are given, so that they can also be run, counted and exported
+    one by one; `exits` strings them together. The first exit is 0.
+
     While it trains, `forward` returns the `Outputs` of all exits, so that every weight has its gradient on every rank;
     in evaluation the logits of the last exit, with no other head computed.
     """
@@ -36,15 +43,51 @@ class ExitNetwork(nn.Module, ABC):
     num_exits: int
     stride: int
     minimum_size: int
+    align_corners: Sequence[bool]  # of each exit: how its logits are to be resized
 
     @abstractmethod
+    def begin(self, images: Tensor) -> State:
+        """What the first part is given: of images (N, 3, H, W), padded to `padded_size`."""
+
+    @abstractmethod
+    def part(self, exit: int, state: State) -> tuple[State, State]:
+        """Run what lies between the exit before and this one: what this exit's head sees, and what the next part needs.
+
+        Nothing else waits while the exit is judged, and only what the next part needs is selected.
+        """
+
+    @abstractmethod
+    def head(self, exit: int, seen: State) -> Tensor:
+        """The coarse logits (N, C, h, w) of an exit."""
+
     def exits(self, images: Tensor, wanted: Sequence[bool] | None = None) -> Walk:
         """The logits of each exit, shallow to deep, for the images that are still there.
 
         An exit that is not `wanted` (by default all are) gives None, and its head does not run. Advance with
         `send(kept)`, the indices (M,) of the images that go on among those still there, or with `next`, and all do.
-        What lies behind an exit runs only when the generator is advanced past it.
+        What lies behind an exit runs only when the generator is advanced past it. Raises ValueError unless there is
+        one wish per exit.
         """
+        wanted = (True,) * self.num_exits if wanted is None else tuple(wanted)
+        if len(wanted) != self.num_exits:
+            raise ValueError(f"wanted has {len(wanted)} values; the network has {self.num_exits} exits, give one each")
+        return self._walk(images, wanted)
+
+    def _walk(self, images: Tensor, wanted: Sequence[bool]) -> Walk:
+        size = self.padded_size(*images.shape[-2:])
+        state = self.begin(images)
+        for exit in range(self.num_exits):
+            seen, state = self.part(exit, state)
+            coarse = CoarseLogits(self.head(exit, seen), size, self.align_corners[exit]) if wanted[exit] else None
+            del seen  # what only the head needed should not wait in memory
+            kept = yield coarse
+            del coarse
+            state = select(state, kept)
+
+    def padded_size(self, height: int, width: int) -> tuple[int, int]:
+        """The size (H, W) at which the network runs on an image of height x width."""
+        rows, columns = (max(-(-side // self.stride) * self.stride, self.minimum_size) for side in (height, width))
+        return rows, columns
 
     def forward(self, images: Tensor) -> Outputs | Tensor:
         """All exits while training, the last one's logits (N, C, H, W) in evaluation."""
@@ -87,11 +130,20 @@ def select(features: Any, kept: Tensor | None) -> Any:
     >>> select({"a": torch.arange(3), "b": [None]}, torch.tensor([2, 0]))
     {'a': tensor([2, 0]), 'b': [None]}
     """
-    if kept is None or features is None:
-        return features
-    if isinstance(features, Tensor):
-        return features.index_select(0, kept)
+    return features if kept is None else changed(features, lambda tensor: tensor.index_select(0, kept))
+
+
+def changed(features: Any, change: Callable[[Any], Any]) -> Any:
+    """The same lists, tuples and dictionaries with everything in them changed, in order; what is None stays None.
+
+    >>> changed({"a": 1, "b": [None, (2,)]}, lambda number: 10 * number)
+    {'a': 10, 'b': [None, (20,)]}
+    """
+    if features is None:
+        return None
     if isinstance(features, dict):
-        return {name: select(value, kept) for name, value in features.items()}
-    values = [select(value, kept) for value in features]
+        return {name: changed(value, change) for name, value in features.items()}
+    if not isinstance(features, list | tuple):
+        return change(features)
+    values = [changed(value, change) for value in features]
     return type(features)(*values) if hasattr(features, "_fields") else type(features)(values)  # a NamedTuple or not

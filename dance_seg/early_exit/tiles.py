@@ -14,6 +14,9 @@ from torch import Tensor
 from dance_seg.early_exit.exits import ExitNetwork
 from dance_seg.early_exit.policy import ExitPolicy, decide
 
+MARGIN = 32
+"""Pixels around a tile that it sees too."""
+
 
 class DecidedTiles(NamedTuple):
     """The labels of a batch, and where each tile of each image left."""
@@ -31,7 +34,7 @@ class Span(NamedTuple):
 
 @torch.no_grad()
 def decide_tiles(
-    model: ExitNetwork, images: Tensor, policy: ExitPolicy, tile: tuple[int, int], margin: int = 32
+    model: ExitNetwork, images: Tensor, policy: ExitPolicy, tile: tuple[int, int], margin: int = MARGIN
 ) -> DecidedTiles:
     """Class indices of normalised images (N, 3, H, W), each tile by the exit where the policy stops it.
 
@@ -57,6 +60,16 @@ def decide_tiles(
             labels[:, row.labelled, column.labelled] = of_tiles[i, j][:, within(row), within(column)]
     exits = found.exits.view(len(rows), len(columns), count).permute(2, 0, 1)
     return DecidedTiles(labels, exits)
+
+
+def tile_size(size: tuple[int, int], tile: tuple[int, int], margin: int = MARGIN) -> tuple[int, int]:
+    """The size (H, W) at which each tile of images of a size is seen.
+
+    >>> tile_size((100, 64), (40, 64), 8)
+    (56, 64)
+    """
+    (row, *_), (column, *_) = (spans(side, part, margin) for side, part in zip(size, tile, strict=True))
+    return row.seen.stop - row.seen.start, column.seen.stop - column.seen.start
 
 
 def spans(length: int, tile: int, margin: int) -> list[Span]:

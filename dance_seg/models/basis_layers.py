@@ -6,22 +6,28 @@ attribute for the time of one `with`, so that the network between them, any enco
 away on leaving it, after an error too, and a layer that has none raises instead of using an older batch's. They are no
 part of the state, and every DDP rank hands its own.
 
-Three ways of computing the same (to rounding), measured on one core of a Xeon beside a plain convolution in the same
-layout, batch 8, N = 8, 3x3, medians of interleaved runs:
+Three ways of computing the same (to rounding):
 
-                               inference, contiguous         inference, channels_last       forward and backward
-                              grouped  one_by_one  loop     grouped  one_by_one  loop       grouped  one_by_one  loop
-    128 channels at 24x32        1.10        1.23   7.7        1.31        1.23   8.5          1.18        1.64   8.4
-    64 at 48x64                  1.16        1.19    11        1.56        1.17    10          1.10        1.49   9.1
-    256 at 24x30                 1.13        1.18   8.9        1.37        1.44    14
-    256 at 12x15                  3.7         1.9   7.9         2.1         2.2   8.1          1.76         3.5   9.0
-    512 at 12x15                  2.6         2.1               2.7         2.2
-    192 depthwise at 24x32        0.7         1.1   6.5          13         1.8    75          1.06         1.7    11
+- `grouped`: kernels by one product (B, N) x (N, |W|), then one convolution over the batch, laid side by side as groups;
+- `one_by_one`: the same kernels, an image at a time;
+- `loop`: N convolutions of all images, their outputs mixed.
 
-`grouped`: kernels by one product (B, N) x (N, |W|), then one convolution over the batch, laid side by side as groups.
-`one_by_one`: the same kernels, an image at a time. `loop`: N convolutions of all images, their outputs mixed; it lost
-even at N = 2 in training (2.1 to 2.9 times a plain one against 1.1 to 1.9) on this processor. Kernels that are much
-larger than the maps they slide over cost memory traffic that no way avoids: N kernels are read, B written and read.
+Times of these layers over those of a plain convolution in the same layout, 3x3, batch 8, N = 8, one core of a Xeon that
+other programs used as well; medians of interleaved runs, all from one session:
+
+                            inference, contiguous         inference, channels_last     forward, backward, contiguous
+                           grouped  one_by_one  loop     grouped  one_by_one  loop     grouped  one_by_one  loop
+    128 channels at 24x32     1.65        1.59    10        2.02        1.61   9.5        1.15        1.12   7.6
+    64 at 48x64               1.28        1.33   9.5        1.71        1.33    10        1.09        1.14    10
+    256 at 24x30              1.16        1.23   8.5        1.28        1.37   8.3        1.28        1.25   8.0
+    256 at 12x15              1.71        1.79   8.4        1.90        2.18   8.5        1.96        1.84   8.3
+    512 at 12x15              2.67        2.17   8.0        2.84        3.11   8.5
+
+Read them as rough: single pairs of the first row lie between 1.3 and 1.8, and the same arithmetic before, on a less
+busy core, took 1.10 grouped and 1.23 one by one there. Depthwise layers took from a quarter to ten times a plain one
+in the same way, too unsteady to print. What all sessions agree on: the loop loses, even at N = 2 in training (2.1 to
+2.9 against 1.0 to 1.9 grouped); in channels_last at 64 channels one by one is faster than grouped; and kernels that are
+much larger than the maps they slide over cost memory traffic that no way avoids: N kernels read, B written and read.
 
 B images, N bases, L layers, O and I channels made and read (I of one group).
 """
@@ -51,9 +57,9 @@ class BasisConv2d(nn.Module):
 
     It takes the shape of `convolution` (stride, padding, dilation, groups) and its weights as the first basis. The
     others are own draws as large as those weights, or, with `around`, the weights themselves and so much of such
-    noise, for weights that are worth keeping. `synthesis` says how it is computed; `auto` takes what was fastest (see
-    above), in training on accelerators the loop below 8 bases. With one basis it is a plain convolution times its
-    coefficient, bit for bit where that is 1.
+    noise, for weights that are worth keeping. `synthesis` says how it is computed; `auto` chooses by layout and sizes
+    (see `_fastest`), in training on accelerators the loop below 8 bases. With one basis it is a plain convolution times
+    its coefficient, bit for bit where that is 1.
 
     Raises ValueError for fewer than one basis, for another `synthesis`, and for a convolution that is more than
     `nn.Conv2d` or does not pad with zeros; RuntimeError when run without coefficients for its images.

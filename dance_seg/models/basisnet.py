@@ -20,7 +20,7 @@ of variation of the batch's mean coefficients.
 
 Its cost: the specialist's beside the preview's and N |W| MACs per basis layer and image; N times the weights of those
 layers, which on small maps are memory traffic that MACs do not show (see basis_layers). Limits: two exits; the preview
-takes part in every image; network slimming needs `synthesis: loop` while it traces, see `set_synthesis`.
+takes part in every image.
 
 B images, L basis layers, N bases, C classes, H and W rows and columns.
 """
@@ -33,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dance_seg.early_exit.exits import ExitNetwork, Outputs, Walk, full_size, select
+from dance_seg.early_exit.exits import ExitNetwork, Outputs, State, full_size
 from dance_seg.early_exit.heads import ExitHead
 from dance_seg.models.basis_layers import Synthesis, handed, of_last_stages, to_basis_layers
 from dance_seg.models.smp import SmpModel, build_network, pad_to, take_out_unused
@@ -69,6 +69,7 @@ class BasisNet(ExitNetwork):
     """
 
     num_exits = 2
+    align_corners = (True, True)
 
     def __init__(
         self,
@@ -148,26 +149,29 @@ class BasisNet(ExitNetwork):
         size = images.shape[-2:]
         return Outputs((full_size(preview, size), full_size(specialist, size)), self._penalty(mixing))
 
-    def exits(self, images: Tensor, wanted: Sequence[bool] | None = None) -> Walk:
-        """The preview's logits, then the specialist's for the images that are still there; lazily, see ExitNetwork.
+    def begin(self, images: Tensor) -> State:
+        """The images, padded."""
+        return self._padded(images)
 
-        Coefficients are predicted after exit 0, for the images that go on.
+    def part(self, exit: int, state: State) -> tuple[State, State]:
+        """The preview; nothing before exit 1, whose head is the specialist as a whole.
+
+        Coefficients are predicted behind exit 0, for the images that go on.
         """
-        preview_wanted, specialist_wanted = wanted if wanted is not None else (True, True)
-        padded = self._padded(images)
-        features = self._look(padded)
-        logits = self.preview.logits(features) if preview_wanted or self.hand_over else None
-        top = features[-1]
-        del features  # what the specialist does not need should not wait in memory for it
-        first = (
-            CoarseLogits(logits, _size(padded), align_corners=True) if preview_wanted and logits is not None else None
-        )
-        kept = yield first
-        if not specialist_wanted:
-            yield None
-            return
-        padded, top, logits = select((padded, top, logits), kept)
-        yield self._specialise(padded, self.mixer(top), logits)
+        if exit:
+            return state, ()
+        features = self._look(state)
+        if not self.hand_over:
+            return features, (state, features[-1], None)
+        logits = self.preview.logits(features)
+        return logits, (state, features[-1], logits)
+
+    def head(self, exit: int, seen: State) -> Tensor:
+        """The preview's logits or the specialist's."""
+        if exit == 0:
+            return seen if self.hand_over else self.preview.logits(seen)
+        padded, top, logits = seen
+        return self._specialise(padded, self.mixer(top), logits).logits
 
     def set_progress(self, progress: float) -> None:
         """Set the temperature for a place in training, 0 to 1: linear, then constant."""
@@ -178,8 +182,7 @@ class BasisNet(ExitNetwork):
     def set_synthesis(self, synthesis: Synthesis) -> None:
         """Let all basis layers compute in that way.
 
-        In a loop, each basis is a convolution of its own, which network slimming can follow; kernels that are mixed
-        first it cannot, and leaves these layers and all that is added to their outputs as wide as they are.
+        In a loop, each basis is a convolution of its own, which is how network slimming looks at it.
         """
         _check_choice("synthesis", synthesis, get_args(Synthesis))
         for layer in self.layers:
@@ -190,7 +193,7 @@ class BasisNet(ExitNetwork):
         return self.mixer(self._look(self._padded(images))[-1])
 
     def _padded(self, images: Tensor) -> Tensor:
-        return pad_to(images, self.specialist.padded_size(*images.shape[-2:]))
+        return pad_to(images, self.padded_size(*images.shape[-2:]))
 
     def _look(self, padded: Tensor) -> list[Tensor]:
         rows, columns = (max(SMALLEST_PREVIEW, round(side * self.preview_scale)) for side in _size(padded))

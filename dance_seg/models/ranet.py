@@ -27,16 +27,16 @@ Ours is what makes masks of it:
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Literal, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dance_seg.early_exit.exits import ExitNetwork, Walk, select
+from dance_seg.early_exit.exits import ExitNetwork, State
 from dance_seg.early_exit.heads import ExitHead
 from dance_seg.models.smp import pad_to
-from dance_seg.sample import CoarseLogits
 
 FACTORS = (4, 2, 1)  # of the growth, and of the bottleneck over the growth, from low to high resolution
 BLOCKS, BLOCK_STEP = 2, 2  # of the first sub-network, and how many more each next one has
@@ -106,11 +106,14 @@ class RANet(ExitNetwork):
             for number, network in enumerate(networks)
             for before in range(exits_per_network, 0, -1)
         ]
-        self.positions = positions if exits == "all" else positions[-1:]  # (sub-network, block) that exits are behind
-        self.num_exits = len(self.positions)
+        positions = positions if exits == "all" else positions[-1:]  # (sub-network, block) that exits are behind
+        blocks = [(number, block) for number, network in enumerate(networks) for block in range(len(network.made))]
+        ends = [blocks.index(position) + 1 for position in positions]
+        self.between = [blocks[start:end] for start, end in pairwise((0, *ends))]  # one exit and the next
+        self.num_exits, self.align_corners = len(positions), (False,) * len(positions)
         base = list(widths.chain[1:])
         self.decoders = nn.ModuleList()
-        for number, position in self.positions:
+        for number, position in positions:
             network = networks[number]
             levels = network.by_level(base[1:], network.made[: position + 1])
             is_last = number == len(FACTORS) - 1
@@ -118,28 +121,31 @@ class RANet(ExitNetwork):
             self.decoders.append(MaskDecoder(levels, widths.decoders[is_last], num_classes, detail))
         self.apply(_initialise)
 
-    def exits(self, images: Tensor, wanted: Sequence[bool] | None = None) -> Walk:
-        """The logits of each exit, shallow to deep; see `ExitNetwork.exits`."""
-        decoders = iter(zip(self.decoders, wanted or [True] * self.num_exits, strict=True))
-        padded_size = self.padded_size(*images.shape[-2:])
-        base = self.chain(pad_to(images, padded_size))
-        coarse: list[list[Tensor]] = []
-        for number, network in enumerate(self.networks):
-            features, made = base[-1 - number], []
-            for position, block in enumerate(network.blocks):
-                made.append(block(features, coarse[position]) if position < len(coarse) else block(features))
-                if (number, position) in self.positions:
-                    decoder, is_wanted = next(decoders)
-                    seen = network.by_level(base[1:], made)
-                    kept = yield CoarseLogits(decoder(seen, base[0]), padded_size, False) if is_wanted else None
-                    base, made = select([base, made], kept)
-                features = made[-1][-1]
-            coarse = made
+    def begin(self, images: Tensor) -> State:
+        """The base features, finest first, and what no block has made yet."""
+        return self.chain(pad_to(images, self.padded_size(*images.shape[-2:]))), []
 
-    def padded_size(self, height: int, width: int) -> tuple[int, int]:
-        """The size (H, W) at which the network runs on an image of height x width."""
-        rows, columns = (max(-(-side // self.stride) * self.stride, self.minimum_size) for side in (height, width))
-        return rows, columns
+    def part(self, exit: int, state: State) -> tuple[State, State]:
+        """What a decoder sees; then the base features that are left, and what the sub-network's blocks have made.
+
+        A sub-network takes the coarsest base features that are left, and what the one before it made.
+        """
+        base, made = state
+        coarse: list[list[Tensor]] = []  # no fusion block is behind the first exit of a sub-network
+        for number, position in self.between[exit]:
+            if position == 0:
+                coarse, made = made, []
+                *base, features = base
+            else:
+                features = made[-1][-1]
+            block = self.networks[number].blocks[position]
+            made = [*made, block(features, coarse[position]) if position < len(coarse) else block(features)]
+        seen = self.networks[number].by_level(base[1:], made), base[0]
+        return seen, (base, made) if exit < self.num_exits - 1 else ()
+
+    def head(self, exit: int, seen: State) -> Tensor:
+        """The logits of a mask decoder."""
+        return self.decoders[exit](*seen)
 
 
 class Chain(nn.Module):

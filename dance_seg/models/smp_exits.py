@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from dance_seg.cost.macs import collect
-from dance_seg.early_exit.exits import ExitNetwork, Walk, select
+from dance_seg.early_exit.exits import ExitNetwork, State, Walk, select
 from dance_seg.early_exit.heads import ExitHead
 from dance_seg.models.smp import SmpModel, pad_to
 from dance_seg.sample import CoarseLogits
@@ -61,48 +61,40 @@ class SmpWithExits(ExitNetwork):
         self.model, self.at = model, tuple(at)
         self.num_exits, self.num_classes = len(stages) + 1, model.num_classes
         self.stride, self.minimum_size = model.stride, model.minimum_size
+        self.align_corners = (*(False for _ in stages), True)
         heads = [ContextHead(features[stage].shape[1], model.num_classes, channels) for stage in stages]
         self.heads = nn.ModuleList(heads).to(next(model.parameters()).device)
         self.train(model.training)
 
-    def exits(self, images: Tensor, wanted: Sequence[bool] | None = None) -> Walk:
-        """The logits of each exit for the images that are still there; see ExitNetwork.
+    def begin(self, images: Tensor) -> State:
+        """The images, padded, under their name in the recording."""
+        return {self.parts[0].images: pad_to(images, self.padded_size(*images.shape[-2:]))}
 
-        Raises ValueError in training for a batch of one image where the network normalises over a single value.
-        """
-        wanted = [True] * self.num_exits if wanted is None else wanted
+    def part(self, exit: int, state: State) -> tuple[State, State]:
+        """The features of the stage, of all stages at the last exit; and what later parts read, by name."""
         network: Any = self.model.network
-        size = self.model.padded_size(*images.shape[-2:])
-        values: dict[str, Any] = {self.parts[0].images: pad_to(images, size)}
-        for part, head, is_wanted in zip(self.parts[:-1], self.heads, wanted[:-1], strict=True):
-            with self._explained(values):
-                (feature,) = part.run(network.encoder, values)
-                early = CoarseLogits(head(feature), size, align_corners=False) if is_wanted else None
-            kept = yield early
-            del feature, early
-            values = select(values, kept)
-        with self._explained(values):
-            features = self.parts[-1].run(network.encoder, values)
-            if not wanted[-1]:
-                last = None
-            else:
-                last = CoarseLogits(network.segmentation_head(network.decoder(features)), size, align_corners=True)
-        yield last
+        return self.parts[exit].run(network.encoder, state)
+
+    def head(self, exit: int, seen: State) -> Tensor:
+        """The logits of an early head, or of the network's own decoder."""
+        if exit < len(self.heads):
+            return self.heads[exit](*seen)
+        network: Any = self.model.network
+        return network.segmentation_head(network.decoder(seen))
 
     def coarse_logits(self, images: Tensor) -> CoarseLogits:
         """The logits of the network without exits."""
         return self.model.coarse_logits(images)
 
-    def padded_size(self, height: int, width: int) -> tuple[int, int]:
-        """The size (H, W) at which the network runs on an image of height x width."""
-        return self.model.padded_size(height, width)
+    def _walk(self, images: Tensor, wanted: Sequence[bool]) -> Walk:
+        """The exits; an error of the network's says which images it did not take.
 
-    @contextmanager
-    def _explained(self, values: dict[str, Any]) -> Iterator[None]:
-        shape = tuple(values[self.parts[0].images].shape)
+        Raises ValueError in training for a batch of one image where the network normalises over a single value.
+        """
         try:
-            yield
+            yield from super()._walk(images, wanted)
         except (ValueError, AssertionError) as error:
+            shape = (*images.shape[:2], *self.padded_size(*images.shape[-2:]))
             raise ValueError(self.model._explain(error, shape)) from error
 
 
@@ -223,14 +215,12 @@ class _Part(NamedTuple):
     results: tuple[str, ...]
     keeps: tuple[str, ...]  # what later parts read
 
-    def run(self, encoder: nn.Module, values: dict[str, Any]) -> list[Tensor]:
-        """The results; of the values (a dictionary that is changed) only what later parts read is left."""
+    def run(self, encoder: nn.Module, given: dict[str, Any]) -> tuple[list[Tensor], dict[str, Any]]:
+        """The results, and what later parts read, of what this one reads."""
+        values = dict(given)
         for call in self.calls:
             values[call.name] = call.perform(encoder, values)
-        results = [values[name] for name in self.results]
-        for name in values.keys() - set(self.keeps) - {self.images}:
-            del values[name]
-        return results
+        return [values[name] for name in self.results], {name: values[name] for name in self.keeps}
 
 
 class _Recorder(fx.Tracer):
@@ -315,7 +305,7 @@ def _split(
     What is not carried is made anew in every part that reads it: the number of images changes in between.
     """
     by_name = {call.name: call for call in calls}
-    made, runs, read = {images}, [], []
+    made, runs, read, there = {images}, [], [], list[set[str]]()
     for wanted in results:
         needed, taken, pending = set(), set(), list(wanted)
         while pending:
@@ -328,7 +318,8 @@ def _split(
         runs.append(tuple(call for call in calls if call.name in needed))
         read.append(taken)
         made |= needed & carried
-    later = [sorted(set().union(*read[number + 1 :])) for number in range(len(runs))]
+        there.append(set(made))
+    later = [sorted(there[number] & set().union(*read[number + 1 :])) for number in range(len(runs))]
     return tuple(
         _Part(images, run, tuple(wanted), tuple(keeps)) for run, wanted, keeps in zip(runs, results, later, strict=True)
     )
@@ -345,7 +336,7 @@ def _difference(encoder: nn.Module, parts: Sequence[_Part], stages: Sequence[int
     for kept, kept_then in ((None, None), (second, first)):  # all go on; the second image goes on alone
         values: dict[str, Any] = {parts[0].images: example}
         for number, part in enumerate(parts):
-            found = part.run(encoder, values)
+            found, values = part.run(encoder, values)
             values = select(values, kept_then if number else kept)
         expected = [select(feature, kept) for feature in whole]
         if len(found) != len(expected) or not all(map(_close, found, expected)):

@@ -8,11 +8,11 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dance_seg.cost.macs import collect, usual_kernels, without_values
+from dance_seg.cost.macs import collect, usual_kernels
 from dance_seg.early_exit.exits import outputs_of
 from dance_seg.network_slimming.channels import Group, Groups
 from dance_seg.network_slimming.surgery import cut
-from dance_seg.network_slimming.trace import images_without_values, trace_groups
+from dance_seg.network_slimming.trace import images_without_values, trace_groups, walkable
 
 
 def find_groups(model: nn.Module, input_size: tuple[int, int], *, in_channels: int = 3) -> Groups:
@@ -44,7 +44,7 @@ def find_groups(model: nn.Module, input_size: tuple[int, int], *, in_channels: i
 @usual_kernels()
 def _failure(model: nn.Module, groups: tuple[Group, ...], input_size: tuple[int, int], in_channels: int) -> str | None:
     """How the network fails when each group loses every third channel; None when it does not."""
-    copied = without_values(model).eval()
+    copied = walkable(model)
     images = images_without_values(copied, (2, in_channels, *input_size))
     with torch.no_grad():
         with _Numbers() as numbers:

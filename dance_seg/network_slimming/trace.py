@@ -36,12 +36,25 @@ def trace_groups(model: nn.Module, input_size: tuple[int, int], *, batch: int = 
     >>> [(group.name, group.channels, len(group.members)) for group in trace_groups(model, (8, 8))]
     [('0.weight', 8, 7)]
     """
-    copied = without_values(model).eval()
+    copied = walkable(model)
     tracer = _Tracer(copied)
     with torch.no_grad(), tracer:
         for output in collect(outputs_of(copied, images_without_values(copied, (batch, in_channels, *input_size)))):
             tracer.freeze(tracer.of(output), "the network's output keeps its classes")
     return tracer.groups()
+
+
+def walkable(model: nn.Module) -> nn.Module:
+    """A copy without values to walk through, in evaluation mode.
+
+    Layers that mix their kernels for each image are to compute with one kernel after the other in it, since a mixed
+    kernel does not tell whose channels it has.
+    """
+    copied = without_values(model).eval()
+    for module in copied.modules():
+        if hasattr(module, "synthesis"):
+            module.synthesis = "loop"
+    return copied
 
 
 def images_without_values(model: nn.Module, shape: tuple[int, ...]) -> Tensor:

@@ -204,6 +204,20 @@ def test_geometric_comes_within_3_percent_of_the_budget(seed, exits):
         assert 0.97 * budget <= found.average_cost <= budget * (1 + 1e-8)
 
 
+def test_no_single_threshold_brings_geometric_closer_to_the_budget():
+    for seed in range(4):
+        table = random_table(40, 4, 2, seed, heads=0.1)
+        budget = within(table, 0.4)
+        thresholds = geometric_for(table, budget)
+        reached = at_thresholds(table, thresholds).average_cost
+
+        for exit, score in product(range(3), range(40)):
+            other = [*thresholds]
+            other[exit] = float(table.scores[score, exit])
+            found = at_thresholds(table, other)
+            assert not reached + 1e-6 < found.average_cost <= budget or pays_for_nothing(found, other)
+
+
 def pays_for_nothing(found, thresholds):
     """Whether some exit is asked at which no image leaves."""
     return any(t < INF and share == 0 for t, share in zip(thresholds, found.shares[:-1], strict=True))
@@ -317,6 +331,7 @@ def test_shares_that_are_no_whole_numbers_of_images_are_rounded_to_them():
     counts = np.bincount(random_exits(table, (1 / 3, 1 / 3, 1 / 3), 0))
 
     assert sorted(counts.tolist()) == [3, 3, 4]
+    assert np.bincount(random_exits(table, (0.52, 0.28, 0.2), 0)).tolist() == [5, 3, 2]
 
 
 @pytest.mark.parametrize("shares", [(0.5, 0.5), (0.5, 0.6, 0.1), (1.5, -0.5, 0)])

@@ -1,5 +1,6 @@
 """What a network with exits promises: lazy, selectable, and in evaluation the plain network."""
 
+import weakref
 from typing import NamedTuple
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dance_seg.early_exit.exits import Outputs, full_size, select
+from dance_seg.early_exit.exits import Outputs, State, full_size, select
 from dance_seg.sample import CoarseLogits
 from tests.dance_seg.early_exit.toy import CLASSES, Toy, random_images
 
@@ -60,6 +61,33 @@ def test_images_that_go_on_are_computed_as_without_the_others():
     alone = model.exits(images[[3, 1]])
     next(alone)
     torch.testing.assert_close(together.logits, next(alone).logits)
+
+
+def test_what_only_a_head_needs_does_not_wait_while_the_exit_is_judged():
+    class HeadsHaveTheirOwn(Toy):
+        """A head sees a copy, which nobody else needs."""
+
+        seen: weakref.ref[Tensor]
+
+        def part(self, exit: int, state: State) -> tuple[State, State]:
+            seen, state = super().part(exit, state)
+            copied = seen.clone()
+            self.seen = weakref.ref(copied)
+            return copied, state
+
+    model = HeadsHaveTheirOwn().eval()
+    with torch.no_grad():
+        for _ in model.exits(random_images(2)):
+            assert model.seen() is None
+
+
+@pytest.mark.parametrize("wanted", [(True, True), (True,) * 4])
+def test_another_number_of_wishes_than_exits_is_refused_before_anything_runs(wanted):
+    model = Toy().eval()
+
+    with pytest.raises(ValueError, match=f"wanted has {len(wanted)} values; the network has 3 exits"):
+        model.exits(random_images(1), wanted)
+    assert model.calls() == [0, 0, 0]
 
 
 @pytest.mark.parametrize("align_corners", [False, True])

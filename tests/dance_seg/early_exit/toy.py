@@ -1,14 +1,11 @@
 """A network with three exits whose costs can be counted by hand and whose parts say how often they ran."""
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dance_seg.early_exit.exits import ExitNetwork, Walk, select
+from dance_seg.early_exit.exits import ExitNetwork, State
 from dance_seg.early_exit.heads import ExitHead
-from dance_seg.sample import CoarseLogits
 
 CLASSES = 3
 
@@ -38,7 +35,7 @@ class Toy(ExitNetwork):
 
     def __init__(self, *, light: bool = False, hand_over: bool = False, align_corners: bool = False) -> None:
         super().__init__()
-        self.hand_over, self.align_corners = hand_over, align_corners
+        self.hand_over, self.align_corners = hand_over, (align_corners,) * 3
         second = 4 + (CLASSES if hand_over else 0)
         convolutions = (nn.Conv2d(3, 4, 2, stride=2), nn.Conv2d(second, 4, 1), nn.Conv2d(4, 4, 1))
         self.parts = nn.ModuleList(Counted(convolution) for convolution in convolutions)
@@ -47,19 +44,19 @@ class Toy(ExitNetwork):
         for parameter in self.parameters():  # so that logits of different images and exits differ clearly
             nn.init.normal_(parameter)
 
-    def exits(self, images: Tensor, wanted: Sequence[bool] | None = None) -> Walk:
-        wanted = (True,) * 3 if wanted is None else wanted
+    def begin(self, images: Tensor) -> Tensor:
         height, width = images.shape[-2:]
-        features = F.pad(images, (0, width % 2, 0, height % 2), mode="replicate")
-        padded = (features.shape[-2], features.shape[-1])
-        for place, (part, head) in enumerate(zip(self.parts, self.heads, strict=True)):
-            features = torch.relu(part(features))
-            logits = head(features) if wanted[place] else None
-            kept = yield None if logits is None else CoarseLogits(logits, padded, self.align_corners)
-            features = select(features, kept)
-            if self.hand_over and place == 0:
-                given = head(features) if logits is None else select(logits, kept)
-                features = torch.cat([features, given], dim=1)
+        return F.pad(images, (0, width % 2, 0, height % 2), mode="replicate")
+
+    def part(self, exit: int, state: State) -> tuple[State, State]:
+        features = torch.relu(self.parts[exit](state))
+        if not (self.hand_over and exit == 0):
+            return features, features
+        logits = self.heads[0](features)
+        return logits, torch.cat([features, logits], dim=1)
+
+    def head(self, exit: int, seen: Tensor) -> Tensor:
+        return seen if self.hand_over and exit == 0 else self.heads[exit](seen)
 
     def calls(self) -> list[int]:
         """How many images each part has seen."""

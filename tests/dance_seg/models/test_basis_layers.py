@@ -1,6 +1,7 @@
 """A basis layer convolves each image with its own mixed kernel, whichever way it is computed."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -49,7 +50,7 @@ def by_hand(layer: BasisConv2d, convolution: nn.Conv2d, features: Tensor, coeffi
     for image, alpha in zip(features, coefficients, strict=True):
         kernel = sum(a * w[..., 0] for a, w in zip(alpha, layer.weight, strict=True))
         bias = sum(a * b for a, b in zip(alpha, layer.bias, strict=True)) if layer.bias is not None else None
-        shape = (convolution.stride, convolution.padding, convolution.dilation, convolution.groups)
+        shape: Any = (convolution.stride, convolution.padding, convolution.dilation, convolution.groups)
         outputs.append(F.conv2d(image[None], kernel, bias, *shape))
     return torch.cat(outputs)
 
@@ -191,7 +192,11 @@ def test_layers_are_chosen_by_path_or_predicate() -> None:
 
     by_path, by_predicate = network(), network()
     assert len(to_basis_layers(by_path, 2, at=["2", "1.0"])) == 2
-    assert [type(layer) is BasisConv2d for layer in (by_path[0], by_path[1][0], by_path[2])] == [False, True, True]
+    assert [type(layer) is BasisConv2d for layer in (by_path[0], *by_path[1].children(), by_path[2])] == [
+        False,
+        True,
+        True,
+    ]
     to_basis_layers(by_predicate, 2, at=lambda name, layer: layer.in_channels == 3)
     assert [type(layer) is BasisConv2d for layer in by_predicate] == [True, False, False]
 

@@ -247,7 +247,7 @@ def test_a_head_that_is_not_wanted_does_not_run_and_gives_none() -> None:
 
 
 def test_a_wish_for_another_number_of_exits_is_refused() -> None:
-    with pytest.raises(ValueError, match="zip"):
+    with pytest.raises(ValueError, match="wanted has 2 values; the network has 3 exits"):
         walked(lively(), torch.randn(1, 3, 64, 64), [True, True])
 
 
