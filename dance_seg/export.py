@@ -10,13 +10,10 @@ N images, C classes, H rows, W columns.
 
 import hashlib
 import json
-import logging
 import os
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from copy import deepcopy
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +23,19 @@ from torch import Tensor, nn
 
 from dance_seg.errors import CheckpointError, DataError
 from dance_seg.evaluator import labels_from_logits
+from dance_seg.file_metadata import (
+    PREFIX,
+    Sizes,
+    file_metadata,
+    first_line,
+    read_metadata,
+    read_value,
+    sizes_of,
+)
 from dance_seg.metrics import confusion_matrix, scores
 from dance_seg.network_slimming.structure import structure_hash, structure_record
-from dance_seg.normalise import MEAN, STD, normalise
-
-OPSET = 18
-"""The version of ONNX's operators: what the exporter writes by itself, and runtimes of the last years read."""
+from dance_seg.normalise import normalise
+from dance_seg.onnx_tools import LARGEST, OPSET, library, quiet, with_open_pooling
 
 AGREEMENT = 0.9999
 """The share of pixels on which file and network must give the same class."""
@@ -39,37 +43,7 @@ AGREEMENT = 0.9999
 ROUNDING = 1e-4
 """Of the largest logit: what two programs may differ by that add up in another order."""
 
-VERSION = 2  # of the metadata below
-_PREFIX = "dance_seg."
 _INPUT, _OUTPUT = "images", "logits"
-_LARGEST = 2**31 - 1  # bytes of one protobuf message
-_PRIVATE = ("root", "cache_dir")  # of data.args: paths of the machine that trained
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Which images a network takes as they are; others are padded at the bottom and on the right, or refused."""
-
-    multiple_of: int = 32  # height and width must be divisible by this
-    at_least: int = 32
-    only: tuple[int, int] | None = None  # the one size (H, W) of a file that was exported for one
-
-    def padded(self, height: int, width: int) -> tuple[int, int]:
-        """The size (H, W) at which the network runs on an image. Raises ValueError when it cannot.
-
-        >>> Sizes(32, 64).padded(45, 100)
-        (64, 128)
-        """
-        rows, columns = (
-            max(-(-side // self.multiple_of) * self.multiple_of, self.at_least) for side in (height, width)
-        )
-        if self.only is not None and (rows, columns) != self.only:
-            raise ValueError(
-                f"the network was exported for images of {self.only[0]}x{self.only[1]}, and this one is "
-                f"{height}x{width} ({rows}x{columns} when padded); choose another resolution, or export again with "
-                f"--size {rows} {columns}"
-            )
-        return rows, columns
 
 
 @dataclass(frozen=True)
@@ -94,7 +68,7 @@ class OnnxFile:
 
     def __init__(self, path: str | Path, *, threads: int = 0, named: str | Path | None = None) -> None:
         self.path = Path(named or path)
-        runtime = _library("onnxruntime", "run")
+        runtime = library("onnxruntime", "run")
         if not Path(path).is_file():
             raise DataError(f"{self.path}: no such file; python -m tools.export RUN writes ONNX files")
         options = runtime.SessionOptions()
@@ -105,10 +79,10 @@ class OnnxFile:
         try:
             self._session = runtime.InferenceSession(str(path), options, providers=providers)
         except Exception as error:  # onnxruntime raises many kinds here
-            raise DataError(f"{self.path}: no ONNX file that can be run: {_first_line(error)}") from None
+            raise DataError(f"{self.path}: no ONNX file that can be run: {first_line(error)}") from None
         self.provider = self._session.get_providers()[0]
         metadata = self._session.get_modelmeta().custom_metadata_map
-        self.record, self.sizes, self.structure = _read_metadata(metadata, self.path)
+        self.record, self.sizes, self.structure = read_metadata(metadata, self.path)
 
     def logits(self, images_NCHW: np.ndarray) -> np.ndarray:
         """Logits float32 (N, C, H, W) of RGB images uint8 (N, 3, H, W), padded by reflection where they need it.
@@ -131,7 +105,7 @@ class OnnxFile:
         try:
             (logits,) = self._session.run([_OUTPUT], {_INPUT: np.ascontiguousarray(images_NCHW)})
         except Exception as error:  # onnxruntime raises many kinds here
-            raise ValueError(f"{self.path}: cannot be run at {rows}x{columns}: {_first_line(error)}") from None
+            raise ValueError(f"{self.path}: cannot be run at {rows}x{columns}: {first_line(error)}") from None
         return logits[..., :height, :width]
 
 
@@ -158,18 +132,18 @@ def export_onnx(
     `path` before is then untouched.
     """
     path = Path(path)
-    for library in ("onnx", "onnxscript"):
-        _library(library, "export")
-    if sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values()) > _LARGEST:
+    for needed in ("onnx", "onnxscript"):
+        library(needed, "export")
+    if sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values()) > LARGEST:
         raise ValueError(f"{path}: not written: an ONNX file holds 2 GiB at most; export to safetensors instead")
-    sizes = _sizes(model, None)
+    sizes = sizes_of(model, None)
     size = sizes.padded(*input_size)
     if not any_size:
-        sizes = _sizes(model, size)
+        sizes = sizes_of(model, size)
     program = _exported(model, size, sizes, path)
     for node in (node for graph in (program.model.graph, *program.model.functions.values()) for node in graph):
         node.metadata_props.clear()  # stack traces with the paths of this machine, most of a small file
-    program.model.metadata_props.update(_metadata(model, record, sizes))
+    program.model.metadata_props.update(file_metadata(model, record, sizes))
     with _whole(path, lambda: program.model_proto.SerializeToString()) as temporary:
         file = OnnxFile(temporary, threads=torch.get_num_threads(), named=path)
         return _agreement(file, model, images or drawn_images(_tried(size, sizes)), labels, at_least)
@@ -200,9 +174,9 @@ def export_safetensors(model: nn.Module, path: str | Path, *, record: Mapping[st
 
     path = Path(path)
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
-    metadata = _metadata(model, record, _sizes(model, None))
-    metadata[_PREFIX + "tensors"] = json.dumps(structure_record(model))
-    metadata[_PREFIX + "sha256"] = json.dumps(_digest(tensors))
+    metadata = file_metadata(model, record, sizes_of(model, None))
+    metadata[PREFIX + "tensors"] = json.dumps(structure_record(model))
+    metadata[PREFIX + "sha256"] = json.dumps(_digest(tensors))
     with _whole(path, lambda: save(tensors, metadata)):
         return path
 
@@ -224,12 +198,12 @@ def load_safetensors(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: no safetensors file that can be read: {_first_line(error)}") from None
+        raise CheckpointError(f"{path}: no safetensors file that can be read: {first_line(error)}") from None
     try:
-        record, _, _ = _read_metadata(metadata, path)
+        record, _, _ = read_metadata(metadata, path)
     except DataError as error:
         raise CheckpointError(str(error)) from None
-    digest, structure = (_read(metadata, key, path) for key in ("sha256", "tensors"))
+    digest, structure = (read_value(metadata, key, path) for key in ("sha256", "tensors"))
     if digest != _digest(tensors):
         raise CheckpointError(f"{path}: is damaged: its tensors are not those it was written with; export it again")
     return model_of_record(record, structure, tensors, at=str(path)), record
@@ -253,19 +227,6 @@ def drawn_images(sizes: Sequence[tuple[int, int]]) -> list[np.ndarray]:
     return images
 
 
-def protocol(resolution: float) -> str:
-    """How labels come from an image, in words.
-
-    >>> protocol(1.0)[:27]
-    'whole images at full size; '
-    """
-    scaled = "full size" if resolution == 1 else f"{resolution:g} of their size, areas averaged"
-    return (
-        f"whole images at {scaled}; padded at the bottom and on the right by reflection to what the network takes, "
-        "logits cut back, resized bilinearly to the image's own size (align_corners=False), argmax; RGB"
-    )
-
-
 class _FromPixels(nn.Module):
     """uint8 images (N, 3, H, W) -> logits, normalisation included."""
 
@@ -277,44 +238,6 @@ class _FromPixels(nn.Module):
         return self.model(normalise(images))
 
 
-class _BinAverages(nn.Module):
-    """AdaptiveAvgPool2d as two products, which export with sizes left open.
-
-    The exporter unrolls AdaptiveAvgPool2d for the size it was shown; at other sizes it fails or takes other pixels.
-    """
-
-    def __init__(self, rows: int, columns: int) -> None:
-        super().__init__()
-        self.rows, self.columns = rows, columns
-
-    def forward(self, maps: Tensor) -> Tensor:
-        rows, columns = (
-            _bins(length, bins, maps) for length, bins in zip(maps.shape[-2:], (self.rows, self.columns), strict=True)
-        )
-        return rows @ maps @ columns.T
-
-
-def _bins(length: int, bins: int, like: Tensor) -> Tensor:
-    """The share (bins, length) of each pixel in the average of each bin, which overlap as in torch."""
-    bin_number = torch.arange(bins, device=like.device)[:, None]
-    start, end = bin_number * length // bins, ((bin_number + 1) * length + bins - 1) // bins
-    place = torch.arange(length, device=like.device)[None]
-    return ((place >= start) & (place < end)).to(like.dtype) / (end - start).to(like.dtype)
-
-
-def _with_open_pooling(model: nn.Module) -> nn.Module:
-    """A copy on the CPU, in evaluation mode, whose pooling into bins does not depend on the size."""
-    copied = deepcopy(model).to("cpu", memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload]
-    for path, module in list(copied.named_modules()):
-        if isinstance(module, nn.AdaptiveAvgPool2d):
-            given = module.output_size
-            rows, columns = given if isinstance(given, tuple) else (given, given)
-            if rows is not None and columns is not None and (rows, columns) != (1, 1):
-                parent, _, name = path.rpartition(".")
-                setattr(copied.get_submodule(parent), name, _BinAverages(rows, columns))
-    return copied
-
-
 def _exported(model: nn.Module, size: tuple[int, int], sizes: Sizes, path: Path) -> Any:
     """The ONNX program of a network for images of `size`, with sizes left open unless they are fixed."""
     stride = sizes.multiple_of
@@ -324,10 +247,10 @@ def _exported(model: nn.Module, size: tuple[int, int], sizes: Sizes, path: Path)
         size = (max(size[0], 2 * stride), max(size[1], 2 * stride))
         least = -(-sizes.at_least // stride)
         shapes |= {2: stride * torch.export.Dim("h", min=least), 3: stride * torch.export.Dim("w", min=least)}
-    whole = _FromPixels(_with_open_pooling(model)).eval()
+    whole = _FromPixels(with_open_pooling(model)).eval()
     example = torch.zeros((2, 3, *size), dtype=torch.uint8)
     try:
-        with _quiet(), torch.no_grad():
+        with quiet(), torch.no_grad():
             # Traced before the exporter is told of it: SMP takes another path when it knows, one of a fixed size.
             traced = torch.export.export(whole, (example,), dynamic_shapes={"images": shapes}, strict=False)
             program = torch.onnx.export(
@@ -348,7 +271,7 @@ def _exported(model: nn.Module, size: tuple[int, int], sizes: Sizes, path: Path)
             if sizes.only is None
             else "; safetensors holds any network of this project: --to safetensors"
         )
-        raise ValueError(f"{path}: torch.onnx cannot export this network: {_first_line(cause)}{other}") from error
+        raise ValueError(f"{path}: torch.onnx cannot export this network: {first_line(cause)}{other}") from error
     assert program is not None
     return program
 
@@ -420,68 +343,10 @@ def _labels(logits: Tensor, size: tuple[int, ...], path: Path) -> np.ndarray:
         raise ValueError(f"{path}: refused: {error}") from None
 
 
-def _sizes(model: nn.Module, only: tuple[int, int] | None) -> Sizes:
-    stride = int(getattr(model, "stride", 32))
-    return Sizes(stride, int(getattr(model, "minimum_size", stride)), only)
-
-
 def _tried(size: tuple[int, int], sizes: Sizes) -> list[tuple[int, int]]:
     """Sizes to compare file and network at: the one it was traced with, and others where it takes others."""
     more = sizes.multiple_of if sizes.only is None else 0
     return [size, size, (size[0] + more, size[1]), (size[0], size[1] + 2 * more)]
-
-
-def _metadata(model: nn.Module, record: Mapping[str, Any], sizes: Sizes) -> dict[str, str]:
-    """What a file says of itself, as JSON strings."""
-    data = record["recipe"]["data"]
-    arguments = {key: value for key, value in data.get("args", {}).items() if key not in _PRIVATE}
-    resolution, exits = float(arguments.get("resolution", 1.0)), record.get("exits")
-    facts = {
-        "version": VERSION,
-        "labels": dict(record["labels"]),
-        "recipe": {**record["recipe"], "data": {**data, "args": arguments}},
-        "complexity": record.get("complexity"),  # by which adaptive inference finds an image's size
-        "exits": exits and {"policy": exits["policy"]},  # by which a network with exits stops
-        "resolution": resolution,
-        "protocol": protocol(resolution),
-        "normalisation": {"formula": "(x / 255 - mean) / std", "mean": MEAN, "std": STD, "order": "RGB"},
-        "sizes": asdict(sizes),
-        "structure": structure_hash(model),
-        "written_by": {"torch": str(torch.__version__)},
-    }
-    return {_PREFIX + key: json.dumps(value) for key, value in facts.items()}
-
-
-def _read_metadata(metadata: Mapping[str, str], path: Path) -> tuple[dict[str, Any], Sizes, str]:
-    """The record, the sizes and the structure's hash that a file carries."""
-    if _PREFIX + "version" not in metadata:
-        raise DataError(
-            f"{path}: exported by something else: it says nothing of classes, sizes and normalisation; "
-            "python -m tools.export RUN writes files that do"
-        )
-    if _read(metadata, "version", path) != VERSION:
-        raise DataError(f"{path}: written by another version of dance_seg; export it again from its run")
-    labels, recipe, structure, complexity, exits = (
-        _read(metadata, key, path) for key in ("labels", "recipe", "structure", "complexity", "exits")
-    )
-    try:
-        sizes = Sizes(**_read(metadata, "sizes", path))
-        if sizes.only is not None:
-            sizes = Sizes(sizes.multiple_of, sizes.at_least, (int(sizes.only[0]), int(sizes.only[1])))
-        if len(labels["classes"]) != len(labels["palette"]) or not isinstance(recipe["data"], dict):
-            raise ValueError
-        if complexity is not None and not all(isinstance(value, int | float) for value in complexity):
-            raise ValueError
-    except (TypeError, KeyError, ValueError, IndexError):
-        raise DataError(f"{path}: its metadata is damaged; export it again from its run") from None
-    return {"labels": labels, "recipe": recipe, "complexity": complexity, "exits": exits}, sizes, structure
-
-
-def _read(metadata: Mapping[str, str], key: str, path: Path) -> Any:
-    try:
-        return json.loads(metadata[_PREFIX + key])
-    except (KeyError, ValueError):
-        raise DataError(f"{path}: its metadata is damaged ({_PREFIX}{key}); export it again from its run") from None
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:
@@ -513,34 +378,3 @@ def _whole(path: Path, content: Callable[[], bytes]) -> Any:
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
-
-
-def _library(name: str, use: str) -> Any:
-    import importlib
-
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        raise ValueError(
-            f"{name} is needed to {use} ONNX files and is not installed: pip install 'dance-seg[export]'"
-        ) from None
-
-
-@contextmanager
-def _quiet() -> Any:
-    """What the exporter says of its own steps concerns nobody; what fails is raised."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "torch.export")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,5 +1,5 @@
-"""From an image to labels by whatever holds a network: a run, a checkpoint, a safetensors or an ONNX file; and labels
-as pictures a person can read.
+"""From an image to labels by whatever holds a network: a run, a checkpoint, a safetensors or an ONNX file, or a folder
+of ONNX files, one per exit; and labels as pictures a person can read.
 
 Images are RGB uint8 (H, W, 3); labels are train ids uint8 (H, W), at the image's own size, by the protocol of a run's
 own evaluation: the image made smaller by the recipe's `data.args.resolution`, areas averaged, the logits resized; with
@@ -52,14 +52,17 @@ class Predictor:
 def load_predictor(path: str | Path, *, checkpoint: str = "best", resolution: float | None = None) -> Predictor:
     """What labels images: from a run folder (its `best`, `last` or a named checkpoint) or a file that holds a network.
 
-    An ONNX file runs by onnxruntime, the others by torch; each on a GPU where it finds one. `resolution` is the
-    recipe's by default. Raises ValueError, naming the path, for what holds no network of this project.
+    ONNX files run by onnxruntime, the others by torch; each on a GPU where it finds one. A network with exits stops as
+    it was calibrated, also where its stages are a folder of ONNX files. `resolution` is the recipe's by default. Raises
+    ValueError, naming the path, for what holds no network of this project.
     """
     path = Path(path)
     if resolution is not None and not 0 < resolution <= 1:
         raise ValueError(f"resolution is {resolution!r}; a number above 0 and at most 1")
     if path.suffix.lower() == ".onnx":
         return _onnx_predictor(path, resolution)
+    if path.is_dir() and any(path.glob("stage_*.onnx")):
+        return _stages_predictor(path, resolution)
     return _torch_predictor(path, checkpoint, resolution)
 
 
@@ -149,9 +152,20 @@ def label_video(
 
 def _onnx_predictor(path: Path, resolution: float | None) -> Predictor:
     from dance_seg.export import OnnxFile
+    from dance_seg.export_exits import is_stage
 
+    if is_stage(path):
+        raise ValueError(f"{path}: is one stage of a network with exits; give its folder, {path.parent}")
     file = OnnxFile(path)
     return _predictor(path, file.record, resolution, f"onnxruntime, {file.provider}", partial(_labels_by_onnx, file))
+
+
+def _stages_predictor(folder: Path, resolution: float | None) -> Predictor:
+    from dance_seg.export_exits import StagesOnnx
+
+    stages = StagesOnnx(folder)
+    runs_on = f"onnxruntime, {stages.provider}, {stages.num_exits} exits"
+    return _predictor(folder, stages.record, resolution, runs_on, partial(_labels_by_stages, stages))
 
 
 def _torch_predictor(path: Path, checkpoint: str, resolution: float | None) -> Predictor:
@@ -199,6 +213,10 @@ def _labels_by_onnx(file: Any, image: np.ndarray, size: tuple[int, int]) -> np.n
         return labels_from_logits(torch.from_numpy(np.ascontiguousarray(logits)), size, align_corners=False)[0]
     except ValueError as error:
         raise ValueError(f"{file.path}: {error}") from None
+
+
+def _labels_by_stages(stages: Any, image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    return stages.labels(image, size).labels[0].numpy()
 
 
 def _labels_by_torch(model: Any, device: Any, policy: Any, image: np.ndarray, size: tuple[int, int]) -> np.ndarray:

@@ -19,6 +19,7 @@ RANKS = {
     "calibration": 4,
     "recipe": 4, "report": 4,
     "execution": 5, "run_folder": 5, "build": 6,
+    "file_metadata": 6, "onnx_tools": 6,
     "export": 7, "export_exits": 7.5, "predict": 8,
     "teachers": 8, "stream_pictures": 9, "stream": 10,
 }  # fmt: skip

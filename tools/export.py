@@ -1,12 +1,14 @@
 """Write a run's network as ONNX or safetensors: python -m tools.export RUN [--to onnx|safetensors|both] [key=value].
 
 An ONNX file is run beside the network on validation images and put in place only when both agree. It takes RGB pixels,
-uint8 (N, 3, H, W), and gives logits; what else a program needs to know is in its metadata (dance_seg.*). Overrides such
-as data.args.root=DIR say where the images are; without them drawn pictures are used.
+uint8 (N, 3, H, W), and gives logits; what else a program needs to know is in its metadata (dance_seg.*). A network with
+exits becomes a folder of files, one per exit, for images of one size. Overrides such as data.args.root=DIR say where
+the images are; without them drawn pictures are used.
 """
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,6 +16,8 @@ from tools.cli import parser, run, write_json
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from dance_seg.early_exit.exits import ExitNetwork
 
 
 class Shown(NamedTuple):
@@ -32,7 +36,9 @@ def main() -> int:
     arguments_parser.add_argument("--to", choices=("onnx", "safetensors", "both"), default="onnx", help="default: onnx")
     arguments_parser.add_argument("--out", metavar="DIR", type=Path, help="default: the run's folder export")
     arguments_parser.add_argument("--checkpoint", default="best", help="best, last or a path; default: best")
-    arguments_parser.add_argument("--size", metavar=("H", "W"), type=int, nargs=2, help="default: the training crop")
+    arguments_parser.add_argument(
+        "--size", metavar=("H", "W"), type=int, nargs=2, help="default: the training crop; with exits the images'"
+    )
     arguments_parser.add_argument("--one-size", action="store_true", help="an ONNX file for --size only")
     arguments_parser.add_argument("--images", type=int, default=8, help="how many to compare on; default 8")
     arguments_parser.add_argument("--check", metavar="FILE", type=Path, help="compare this ONNX file, write none")
@@ -47,6 +53,7 @@ def main() -> int:
             "--checkpoint for one of its checkpoints; python -m tools.predict takes files"
         )
     from dance_seg.build import load_run
+    from dance_seg.early_exit.exits import ExitNetwork
     from dance_seg.export import check_onnx, drawn_images, export_onnx, export_safetensors
 
     model, record, path = load_run(arguments.run, arguments.checkpoint)
@@ -58,7 +65,12 @@ def main() -> int:
         written = export_safetensors(model, folder / f"{name}.safetensors", record=record)
         print(f"written to {written}: {written.stat().st_size / 1e6:.1f} MB, weights and the record that rebuilds them")
         figures["safetensors"] = str(written)
-    if arguments.check is not None or arguments.to != "safetensors":
+    if isinstance(model, ExitNetwork) and (arguments.check is not None or arguments.to != "safetensors"):
+        shown = shown_images(record, arguments.overrides, arguments.images, size)
+        written = arguments.check or folder / f"{name}_stages"
+        given = tuple(arguments.size) if arguments.size else None
+        figures |= stages(model, record, written, shown, given, write=arguments.check is None)
+    elif arguments.check is not None or arguments.to != "safetensors":
         if arguments.one_size:
             shown = Shown(drawn_images([size]), [], "a drawn picture of that size")  # validation has other sizes
         else:
@@ -93,6 +105,51 @@ def main() -> int:
         figures |= {"onnx": str(file), "compared_on": shown.origin, **asdict(found), **times}
     write_json(arguments.json, figures)
     return 0
+
+
+def stages(
+    model: "ExitNetwork",
+    record: dict[str, Any],
+    folder: Path,
+    shown: Shown,
+    size: tuple[int, int] | None,
+    *,
+    write: bool,
+) -> dict[str, Any]:
+    """Write the stages of a network with exits, or check those that are there; print and return what was found.
+
+    The size is that of the first image shown where none is given, since the files take no other.
+    """
+    from dance_seg.export import Sizes, drawn_images
+    from dance_seg.export_exits import StagesOnnx, check_stages, export_stages
+
+    if not write:
+        size = StagesOnnx(folder).sizes.only
+    rows, columns, *_ = size or shown.images[0].shape
+    padded = Sizes(model.stride, model.minimum_size).padded
+    images = [image for image in shown.images if padded(*image.shape[:2]) == padded(rows, columns)]
+    origin = (
+        shown.origin if len(images) == len(shown.images) else f"those of this size, {len(images)}, of {shown.origin}"
+    )
+    if not images:
+        images, origin = drawn_images([(rows, columns)] * len(shown.images)), "drawn pictures, none other has this size"
+    if write:
+        found = export_stages(model, folder, record=record, size=(rows, columns), images=images)
+    else:
+        found = check_stages(model, folder, images)
+    times = stage_times(model, folder, (rows, columns))
+    done = "written to" if write else "compared with"
+    print(f"{done} {folder}: {len(found)} stages for images of {rows}x{columns}, compared on {origin}")
+    print("  exit      MB  same class  largest difference  largest logit  ms by onnxruntime  ms by torch")
+    for number, (each, files, torchs) in enumerate(
+        zip(found, times["onnxruntime_ms"], times["eager_ms"], strict=True), 1
+    ):
+        megabytes = (folder / f"stage_{number}.onnx").stat().st_size / 1e6
+        print(
+            f"  {number:4}  {megabytes:6.1f}  {each.argmax:10.6f}  {each.largest_difference:18.2g}  "
+            f"{each.largest_logit:13.3g}  {files:17.1f}  {torchs:11.1f}"
+        )
+    return {"onnx": str(folder), "compared_on": origin, "exits": [asdict(each) for each in found], **times}
 
 
 def shown_images(record: dict[str, Any], overrides: Sequence[str], number: int, size: tuple[int, int]) -> Shown:
@@ -159,6 +216,42 @@ def latency(model: Any, file: Path, size: tuple[int, int]) -> dict[str, Any]:
         "threads": threads,
         "provider": opened.provider,
     }
+
+
+def stage_times(model: "ExitNetwork", folder: Path, size: tuple[int, int]) -> dict[str, Any]:
+    """Milliseconds to each exit's logits by onnxruntime and by torch on the CPU, taking turns; medians."""
+    import statistics
+    from contextlib import closing
+
+    import numpy as np
+    import torch
+
+    from dance_seg.export import drawn_images
+    from dance_seg.export_exits import StagesOnnx
+    from dance_seg.normalise import normalise
+    from tools.bench.common import interleave
+
+    threads = torch.get_num_threads()
+    sides = {"onnxruntime": StagesOnnx(folder, threads=threads), "eager": model.cpu().eval()}
+    images = normalise(torch.from_numpy(np.ascontiguousarray(drawn_images([size])[0].transpose(2, 0, 1)[None])))
+
+    def come_to(exit: int, network: Any) -> None:
+        with closing(network.exits(images, [place == exit for place in range(model.num_exits)])) as walk:
+            for _ in range(exit + 1):
+                next(walk)
+
+    calls = {
+        f"{side} {exit}": partial(come_to, exit, network)
+        for exit in range(model.num_exits)
+        for side, network in sides.items()
+    }
+    with torch.inference_mode():
+        seconds = interleave(calls, 7, 2)
+    milliseconds = {
+        f"{side}_ms": [1000 * statistics.median(seconds[f"{side} {exit}"]) for exit in range(model.num_exits)]
+        for side in sides
+    }
+    return {**milliseconds, "latency_size": list(size), "threads": threads}
 
 
 if __name__ == "__main__":

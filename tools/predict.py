@@ -37,7 +37,10 @@ def main() -> int:
     """Label every source; say how many could not be used."""
     arguments_parser = parser(__doc__)
     arguments_parser.add_argument(
-        "network", metavar="RUN", type=Path, help="a run folder, or a .ckpt, .safetensors or .onnx file"
+        "network",
+        metavar="RUN",
+        type=Path,
+        help="a run folder, .ckpt, .safetensors or .onnx file, or folder of stages",
     )
     arguments_parser.add_argument("sources", metavar="SOURCE", type=Path, nargs="+", help="images, films or folders")
     arguments_parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="where to write")

@@ -53,7 +53,7 @@ def walkable(model: nn.Module) -> nn.Module:
     copied = without_values(model).eval()
     for module in copied.modules():
         if hasattr(module, "synthesis"):
-            module.synthesis = "loop"
+            module.synthesis = "loop"  # type: ignore[assignment]
     return copied
 
 

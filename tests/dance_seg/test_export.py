@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import dance_seg.export as export
+import dance_seg.onnx_tools as onnx_tools
 from dance_seg.errors import CheckpointError, DataError
 from dance_seg.export import (
     OnnxFile,
@@ -126,7 +127,7 @@ def test_a_network_that_pads_by_itself_and_its_slimmed_file_agree_at_odd_sizes(t
 
 def test_pooling_into_bins_is_torchs_own_where_bins_overlap() -> None:
     maps = torch.randn(2, 3, 23, 31)
-    made = export._BinAverages(6, 4)(maps)
+    made = onnx_tools.BinAverages(6, 4)(maps)
     torch.testing.assert_close(made, functional.adaptive_avg_pool2d(maps, (6, 4)), atol=1e-6, rtol=0)
 
 
@@ -139,7 +140,7 @@ def test_the_file_says_what_a_reader_must_know_and_nothing_of_the_machine(tiny_f
     assert said["dance_seg.normalisation"]["mean"] == list(MEAN)
     assert said["dance_seg.protocol"].startswith("whole images at 0.5 of their size")
     assert said["dance_seg.recipe"]["model"]["args"]["arch"] == "unet"
-    assert {entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx")} == {export.OPSET}
+    assert {entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx")} == {onnx_tools.OPSET}
     (images,), (logits,) = proto.graph.input, proto.graph.output
     assert (images.name, images.type.tensor_type.elem_type) == ("images", onnx.TensorProto.UINT8)
     assert (logits.name, logits.type.tensor_type.elem_type) == ("logits", onnx.TensorProto.FLOAT)
@@ -151,7 +152,7 @@ def test_the_file_says_what_a_reader_must_know_and_nothing_of_the_machine(tiny_f
 def test_the_network_given_is_left_as_it_is(tmp_path: Path) -> None:
     model = make_tiny().train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    export._with_open_pooling(model)
+    export.with_open_pooling(model)
     assert model.training
     assert isinstance(model.pool[0], nn.AdaptiveAvgPool2d)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
@@ -176,14 +177,14 @@ def test_scores_are_those_of_each_side(tiny_file: Path) -> None:
 def test_a_file_that_disagrees_is_never_put_in_place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     path = tmp_path / "net.onnx"
     path.write_text("what was there")
-    whole = export._with_open_pooling
+    whole = export.with_open_pooling
 
     def wrong(model: nn.Module) -> nn.Module:
         copied = whole(model)
         copied.last.bias.data[0] += 3.0  # type: ignore[union-attr, operator]
         return copied
 
-    monkeypatch.setattr(export, "_with_open_pooling", wrong)
+    monkeypatch.setattr(export, "with_open_pooling", wrong)
     with pytest.raises(ValueError, match=r"net\.onnx: refused: .* on 0\.\d+ of \d+ pixels, and 0\.9999 is asked for"):
         export_onnx(make_tiny(), path, input_size=(48, 64), record=small_record())
     assert path.read_text() == "what was there"
@@ -247,7 +248,7 @@ def test_files_that_are_no_onnx_file_of_this_project_are_refused(tiny_file: Path
     with pytest.raises(DataError, match=r"else\.onnx: exported by something else"):
         OnnxFile(changed(tiny_file, tmp_path / "else.onnx", version=None))
     with pytest.raises(DataError, match=r"later\.onnx: written by another version"):
-        OnnxFile(changed(tiny_file, tmp_path / "later.onnx", version="2"))
+        OnnxFile(changed(tiny_file, tmp_path / "later.onnx", version=str(file_metadata.VERSION + 1)))
     for name, value in {"labels": "{", "sizes": '{"size": 1}', "recipe": "[]", "structure": None}.items():
         with pytest.raises(DataError, match=r"bad\.onnx: its metadata is damaged"):
             OnnxFile(changed(tiny_file, tmp_path / "bad.onnx", **{name: value}))
