@@ -24,6 +24,7 @@ from dance_seg.export import (
     export_safetensors,
     load_safetensors,
 )
+from dance_seg.file_metadata import VERSION
 from dance_seg.models.smp import SmpModel
 from dance_seg.network_slimming.structure import structure_record
 from dance_seg.normalise import MEAN, normalise
@@ -248,7 +249,7 @@ def test_files_that_are_no_onnx_file_of_this_project_are_refused(tiny_file: Path
     with pytest.raises(DataError, match=r"else\.onnx: exported by something else"):
         OnnxFile(changed(tiny_file, tmp_path / "else.onnx", version=None))
     with pytest.raises(DataError, match=r"later\.onnx: written by another version"):
-        OnnxFile(changed(tiny_file, tmp_path / "later.onnx", version=str(file_metadata.VERSION + 1)))
+        OnnxFile(changed(tiny_file, tmp_path / "later.onnx", version=str(VERSION + 1)))
     for name, value in {"labels": "{", "sizes": '{"size": 1}', "recipe": "[]", "structure": None}.items():
         with pytest.raises(DataError, match=r"bad\.onnx: its metadata is damaged"):
             OnnxFile(changed(tiny_file, tmp_path / "bad.onnx", **{name: value}))
