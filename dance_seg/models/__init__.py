@@ -6,9 +6,11 @@ from torch import nn
 
 from dance_seg.models.basisnet import BasisNet
 from dance_seg.models.jitnet import JITNet
+from dance_seg.models.multi_stage import MultiStage, MultiStageSupernet
 from dance_seg.models.ranet import RANet
 from dance_seg.models.smp import SmpModel
 from dance_seg.models.smp_exits import SmpWithExits
+from dance_seg.models.vit_resnas import VitResNas
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "smp": SmpModel,  # every architecture and encoder of segmentation-models-pytorch
@@ -16,5 +18,8 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "smp_exits": SmpWithExits,  # the same with exits between the encoder's stages
     "ranet": RANet,  # sub-networks from low to high resolution, each giving a mask
     "basisnet": BasisNet,  # a light preview, and the specialist that it mixes from basis kernels
+    "multi_stage": MultiStage,  # stages are slices of the width, a mask after each
+    "multi_stage_supernet": MultiStageSupernet,  # all of those in one; trains as its largest
+    "vit_resnas": VitResNas,  # a transformer with residual spatial reduction; a supernet that trains as its largest
 }
 """All of them take images of any size."""
