@@ -20,6 +20,8 @@ class Stream(IntEnum):
     AUGMENTATION = 6
     STEP = 7  # dropout and its like
     CUTS = 8  # the random control of network slimming
+    SUBNETS = 9  # which networks of a supernet a step trains
+    SEARCH = 10  # the candidates of a search
 
 
 def generator(seed: int, *counters: int) -> np.random.Generator:

@@ -38,6 +38,7 @@ HOMES = {
     },
     "segmentation_models_pytorch": {"dance_seg/models/smp.py"},
     "av": {"datamodules/video_file.py"},
+    "optuna": {"dance_seg/supernet/storage.py", "dance_seg/supernet/front.py"},
 }  # fmt: skip
 
 

@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dance_seg.randomness import generator
-from dance_seg.supernet.search import HOPELESS, STREAM, Cost, Progress, Window, search
+from dance_seg.randomness import Stream, generator
+from dance_seg.supernet.search import HOPELESS, Cost, Progress, Window, search
 from dance_seg.supernet.space import SearchSpace, Subnet
 from dance_seg.supernet.storage import Candidate, Proposal, Score, Store
 
@@ -126,7 +126,7 @@ def children(
     found: list[Proposal] = []
     failures = 0
     for index in range(options.population):
-        subnet = new_child(space, study, distributions, known, options, (seed, STREAM, generation, index))
+        subnet = new_child(space, study, distributions, known, options, (seed, Stream.SEARCH, generation, index))
         failures = failures + 1 if subnet is None else 0
         if failures == HOPELESS:
             break

@@ -1,6 +1,6 @@
 """BatchNorm statistics of one network of a supernet, taken before it is judged.
 
-A supernet's running statistics are those of its largest network; with them a smaller one gives masks that say little.
+A supernet's running statistics are those of its largest network, and what reaches a layer of a smaller one is other.
 """
 
 from collections.abc import Iterable

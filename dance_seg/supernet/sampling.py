@@ -8,11 +8,8 @@ step runs the largest network, the smallest and some drawn ones, so that every p
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dance_seg.randomness import generator
+from dance_seg.randomness import Stream, generator
 from dance_seg.supernet.space import SearchSpace, Subnet, Value
-
-SUBNETS = 9
-"""The stream of these draws, beside those of dance_seg.randomness.Stream."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +113,7 @@ def subnets_of_step(
     ['depth=2 width=16', 'depth=2 width=8']
     """
     part = opened(space, options, progress)
-    random = generator(seed, SUBNETS, global_step)
+    random = generator(seed, Stream.SUBNETS, global_step)
     drawn = [part.sample(random) for _ in range(options.drawn)]
     smallest = [part.smallest] if options.smallest else []
     return tuple(dict.fromkeys([space.largest, *smallest, *drawn]))

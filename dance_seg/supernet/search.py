@@ -19,7 +19,7 @@ import numpy as np
 
 from dance_seg.early_exit.budget import ExitTable, How, Thresholds, at_thresholds, solve
 from dance_seg.early_exit.paths import PathCosts
-from dance_seg.randomness import generator
+from dance_seg.randomness import Stream, generator
 from dance_seg.supernet.space import SearchSpace, Subnet
 from dance_seg.supernet.storage import Candidate, Proposal, Score, Scored, Store
 
@@ -27,9 +27,6 @@ __all__ = [
     "PAPER", "Budget", "Candidate", "Dynamic", "Evolution", "Found", "Progress", "Scored", "evolve", "judge_dynamic",
     "kendall_tau", "random_search", "reachable_cost",
 ]  # fmt: skip
-
-STREAM = 101
-"""Of random numbers; apart from those of `dance_seg.randomness.Stream`."""
 
 HOPELESS = 5
 """After so many candidates in a row for which nothing new was found, a generation ends."""
@@ -219,7 +216,7 @@ def within_budget(
             draws = [mutated(space, parents, options.mutation_rate)] * options.mutation
             draws += [crossed(space, parents)] * options.crossover
         known = {candidate.subnet for candidate in history}
-        found = proposals(draws, known, window, options.tries, (seed, STREAM, generation))
+        found = proposals(draws, known, window, options.tries, (seed, Stream.SEARCH, generation))
         if not generation and not found:
             raise window.nothing(budget)
         return found

@@ -1,5 +1,6 @@
 """A network taken out of a supernet gets statistics of its own, at every exit, and the supernet keeps its own."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,7 +8,6 @@ from torch import Tensor, nn
 
 from dance_seg.early_exit.exits import ExitNetwork, every_exit
 from dance_seg.models.multi_stage import MultiStageSupernet
-from dance_seg.supernet.elastic import activated
 from dance_seg.supernet.recalibrate import recalibrate, recalibrated
 from dance_seg.supernet.space import Subnet
 
@@ -22,17 +22,14 @@ def scenes(count: int, seed: int) -> tuple[Tensor, Tensor]:
 
 @pytest.fixture(scope="module")
 def trained() -> MultiStageSupernet:
-    """A supernet that has learnt a little, its largest and smallest network in every step."""
+    """A supernet that has learnt a little, its largest network alone."""
     torch.manual_seed(0)
     model = MultiStageSupernet(3, size="tiny").train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    full_resolution = model.space.subnet({**model.space.smallest.as_record(), "resolution": 1.0})
     for step in range(14):
         images, labels = scenes(4, seed=step)
         optimizer.zero_grad()
-        for subnet in (model.space.largest, full_resolution):
-            with activated(model, subnet):
-                sum(F.cross_entropy(logits, labels) for logits in model(images).logits).backward()
+        torch.stack([F.cross_entropy(logits, labels) for logits in model(images).logits]).sum().backward()
         optimizer.step()
     return model.eval()
 
@@ -41,20 +38,26 @@ def small(model: MultiStageSupernet) -> Subnet:
     return model.space.subnet({**model.space.smallest.as_record(), "resolution": 1.0})
 
 
-def accuracies(model: nn.Module) -> list[float]:
-    """The share of pixels that each exit gets right, in points."""
+def accuracy(model: nn.Module) -> float:
+    """The share of pixels that the exits get right, in points, their mean."""
     assert isinstance(model, ExitNetwork)
     images, labels = scenes(8, seed=1000)
-    return [100 * float((found == labels).float().mean()) for found in every_exit(model.eval(), images, (64, 64))]
+    return float(np.mean([100 * (found == labels).numpy().mean() for found in every_exit(model, images, (64, 64))]))
 
 
-def test_recalibration_changes_what_a_network_scores(trained: MultiStageSupernet) -> None:
-    """Before: statistics of the largest network. The figures are printed with -rP."""
-    subnet = small(trained)
-    before = accuracies(trained.extract(subnet))
-    after = accuracies(recalibrated(trained, subnet, [scenes(8, seed=1)[0], scenes(8, seed=2)[0]]))
-    print(f"pixel accuracy of the exits before {before} and after {after}")
-    assert sum(after) / 3 > sum(before) / 3 + 1
+def test_recalibration_changes_what_networks_score(trained: MultiStageSupernet) -> None:
+    """The mean of six drawn networks, shown by -rP.
+
+    With first weights of seeds 0 to 3 it rose by 5.9, 0.0, 8.6 and 7.8 points: after so little training it need not.
+    """
+    before, after = [], []
+    for seed in range(6):
+        drawn = trained.space.sample(np.random.default_rng(seed)).as_record()
+        subnet = trained.space.subnet({**drawn, "resolution": 1.0})
+        before.append(accuracy(trained.extract(subnet)))
+        after.append(accuracy(recalibrated(trained, subnet, [scenes(8, seed=1)[0], scenes(8, seed=2)[0]])))
+    print(f"pixel accuracy {np.mean(before):.1f} -> {np.mean(after):.1f}", np.subtract(after, before).round(1))
+    assert np.mean(after) > np.mean(before) + 1
 
 
 def test_every_exit_has_the_statistics_of_what_reaches_it(trained: MultiStageSupernet) -> None:
