@@ -6,8 +6,7 @@ from which thresholds for any budget are chosen. The names of its images are kep
 
 import math
 import statistics
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
@@ -17,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from dance_seg.checkpoint import load_checkpoint, save_checkpoint
-from dance_seg.cost.latency import synchronise
+from dance_seg.cost.latency import interleave
 from dance_seg.early_exit.budget import (
     CurvePoint,
     ExitTable,
@@ -120,25 +119,14 @@ def path_milliseconds(model: ExitNetwork, size: tuple[int, int], rounds: int = R
         walked = Walked(model, exit, [place in asked for place in range(model.num_exits)], to_full_size=False).eval()
         return lambda: walked(images)
 
-    ends = [way(exit, exit) for exit in range(last + 1)]
-    with_heads = [way(last, exit, last) for exit in range(last)]
-    times = _in_turns([*ends, *with_heads], rounds, device)
-    heads = [max(0.0, found - times[last]) for found in times[last + 1 :]] + [0.0]
-    trunk = [max(0.0, end - head) for end, head in zip(times, heads, strict=False)]
+    ends = {f"end {exit}": way(exit, exit) for exit in range(last + 1)}
+    with_heads = {f"head {exit}": way(last, exit, last) for exit in range(last)}
+    seconds = interleave({**ends, **with_heads}, rounds, device=device)
+    times = {name: 1000 * statistics.median(own) for name, own in seconds.items()}
+    whole = times[f"end {last}"]
+    heads = [max(0.0, times[name] - whole) for name in with_heads] + [0.0]
+    trunk = [max(0.0, times[name] - head) for name, head in zip(ends, heads, strict=True)]
     return PathCosts(tuple(trunk), tuple(heads), "milliseconds")
-
-
-def _in_turns(calls: Sequence[Callable[[], object]], rounds: int, device: torch.device) -> list[float]:
-    """The median milliseconds of each call."""
-    times: list[list[float]] = [[] for _ in calls]
-    for turn in range(rounds + 1):
-        for own, call in zip(times, calls, strict=True):
-            began = time.perf_counter()
-            call()
-            synchronise(device)
-            if turn:  # the first one warms up
-                own.append(1000 * (time.perf_counter() - began))
-    return [statistics.median(own) for own in times]
 
 
 def calibrate(
@@ -179,21 +167,19 @@ def check_share(budget: float, costs: PathCosts) -> None:
 
 def as_figures(found: ExitsOfSplit, policy: ExitPolicy, costs: dict[str, PathCosts]) -> dict[str, Any]:
     """What a policy comes to on a split: mIoU in points, average costs and shares of them, and who leaves where."""
-    figures: dict[str, Any] = {"images": len(found.names)}
+    table = found.table(costs["macs"])  # what the images do does not depend on the unit
+    judged = at_thresholds(table, policy.thresholds)
+    draws = [scored(table, random_exits(table, judged.shares, seed)) for seed in range(20)]
+    figures: dict[str, Any] = {
+        "images": len(found.names),
+        "miou": judged.miou,
+        "miou_random": float(np.mean(draws)),
+        "miou_of_exits": [scored(table, np.full(len(found.names), exit)) for exit in range(table.num_exits)],
+        "exits": [float(share) for share in judged.shares],
+    }
     for unit, cost in costs.items():
-        table = found.table(cost)
-        judged = at_thresholds(table, policy.thresholds)
-        exits = len(cost.trunk)
-        figures |= {
-            "miou": judged.miou,
-            "exits": [float(share) for share in judged.shares],
-            "miou_of_exits": [scored(table, np.full(len(found.names), exit)) for exit in range(exits)],
-            unit: judged.average_cost,
-            f"{unit}_share": judged.average_cost / cost.full,
-        }
-    table = found.table(costs["macs"])
-    draws = [scored(table, random_exits(table, figures["exits"], seed)) for seed in range(20)]
-    figures["miou_random"] = float(np.mean(draws))
+        figures[unit] = cost.average(judged.exits.tolist(), policy.asked)
+        figures[f"{unit}_share"] = figures[unit] / cost.full
     return figures
 
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from dance_seg.errors import DataError
 from dance_seg.network_slimming.structure import structure_hash
-from dance_seg.normalise import MEAN, STD
+from dance_seg.normalise import MEAN, STD, padded_size
 
 VERSION = 2  # of the metadata below
 PREFIX = "dance_seg."
@@ -37,9 +37,7 @@ class Sizes:
         >>> Sizes(32, 64).padded(45, 100)
         (64, 128)
         """
-        rows, columns = (
-            max(-(-side // self.multiple_of) * self.multiple_of, self.at_least) for side in (height, width)
-        )
+        rows, columns = padded_size((height, width), self.multiple_of, self.at_least)
         if self.only is not None and (rows, columns) != self.only:
             raise ValueError(
                 f"the network was exported for images of {self.only[0]}x{self.only[1]}, and this one is "

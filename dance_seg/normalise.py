@@ -35,6 +35,16 @@ def downsampled_size(size: tuple[int, ...], scale: float) -> tuple[int, int]:
     return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
 
 
+def padded_size(size: tuple[int, int], stride: int, at_least: int = 1) -> tuple[int, int]:
+    """The size (H, W) at which a network runs on an image: multiples of its stride, and at least so much.
+
+    >>> padded_size((45, 100), 32, 64)
+    (64, 128)
+    """
+    rows, columns = (max(-(-side // stride) * stride, at_least) for side in size)
+    return rows, columns
+
+
 def normalise(images: Tensor, device: torch.device | str | None = None, *, out: Tensor | None = None) -> Tensor:
     """Images (N, 3, H, W) or (3, H, W) uint8 -> float32 (x / 255 - mean) / std, on `device` where one is given.
 

@@ -196,13 +196,13 @@ def exits_record(
 
     source = datamodule.source(split)
     height, width = downsampled_size(source.load(0).label.shape, datamodule.resolution)
-    seen = tile_size((height, width), (tile[0], tile[1])) if tile else (height, width)
-    costs, full = path_costs(model.cpu(), seen), path_costs(model, (height, width)).full
-    average = sum(costs.total(exit, policy.asked) for exit in taken) / len(source)
+    whole = path_costs(model.cpu(), (height, width))
+    costs = path_costs(model, tile_size((height, width), (tile[0], tile[1]))) if tile else whole
+    average = costs.average(taken, policy.asked) * len(taken) / len(source)  # an image is one tile, or several
     return {
         "shares": [taken.count(exit) / len(taken) for exit in range(model.num_exits)],
         "gmacs": average / 1e9,
-        "macs_share": average / full,
+        "macs_share": average / whole.full,
         "tile": list(tile) if tile else None,
         "policy": policy.as_record(),
     }

@@ -196,9 +196,9 @@ def latency(model: Any, file: Path, size: tuple[int, int]) -> dict[str, Any]:
     import numpy as np
     import torch
 
+    from dance_seg.cost.latency import interleave
     from dance_seg.export import OnnxFile, drawn_images
     from dance_seg.normalise import normalise
-    from tools.bench.common import interleave
 
     threads = torch.get_num_threads()
     opened, model = OnnxFile(file, threads=threads), model.cpu().eval()
@@ -226,10 +226,10 @@ def stage_times(model: "ExitNetwork", folder: Path, size: tuple[int, int]) -> di
     import numpy as np
     import torch
 
+    from dance_seg.cost.latency import interleave
     from dance_seg.export import drawn_images
     from dance_seg.export_exits import StagesOnnx
     from dance_seg.normalise import normalise
-    from tools.bench.common import interleave
 
     threads = torch.get_num_threads()
     sides = {"onnxruntime": StagesOnnx(folder, threads=threads), "eager": model.cpu().eval()}

@@ -8,7 +8,7 @@ can, and figures to compare are measured in turns in one sitting (tools/bench).
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -197,6 +197,31 @@ def measure(
             times.append(1000 * (now - start))
             if runs is None and now >= end and len(times) >= FEWEST_RUNS:
                 break
+    return times
+
+
+def interleave(
+    sides: Mapping[str, Callable[[], object]], runs: int, warm_up: int = 1, *, device: torch.device | str = "cpu"
+) -> dict[str, list[float]]:
+    """Seconds of each side over `runs` rounds, the sides taking turns so that drift of the machine hits all.
+
+    Each call ends by waiting for the device.
+
+    >>> {name: len(times) for name, times in interleave({"a": int, "b": str}, runs=3).items()}
+    {'a': 3, 'b': 3}
+    """
+    device = torch.device(device)
+    for _ in range(warm_up):
+        for call in sides.values():
+            call()
+    synchronise(device)
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(runs):
+        for name, call in sides.items():
+            start = time.perf_counter()
+            call()
+            synchronise(device)
+            times[name].append(time.perf_counter() - start)
     return times
 
 

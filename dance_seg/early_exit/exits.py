@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dance_seg.evaluator import full_size, labels_of
+from dance_seg.normalise import padded_size
 from dance_seg.sample import CoarseLogits
 
 Walk = Generator[CoarseLogits | None, Tensor | None, None]
@@ -86,8 +87,7 @@ class ExitNetwork(nn.Module, ABC):
 
     def padded_size(self, height: int, width: int) -> tuple[int, int]:
         """The size (H, W) at which the network runs on an image of height x width."""
-        rows, columns = (max(-(-side // self.stride) * self.stride, self.minimum_size) for side in (height, width))
-        return rows, columns
+        return padded_size((height, width), self.stride, self.minimum_size)
 
     def forward(self, images: Tensor) -> Outputs | Tensor:
         """All exits while training, the last one's logits (N, C, H, W) in evaluation."""

@@ -30,6 +30,14 @@ class PathCosts(NamedTuple):
         """
         return self.trunk[exit] + self.heads[exit] + sum(self.heads[place] for place in range(exit) if asked[place])
 
+    def average(self, exits: Sequence[int], asked: Sequence[bool]) -> float:
+        """The mean price of images that left at `exits`.
+
+        >>> PathCosts(trunk=(10, 30), heads=(1, 3)).average([0, 1], asked=(True, True))
+        22.5
+        """
+        return sum(self.total(exit, asked) for exit in exits) / len(exits)
+
     @property
     def cheapest(self) -> float:
         """The price when every image leaves at the first exit."""

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from dance_seg.batch_norm import BnOnline, set_bn_online
 from dance_seg.evaluator import full_size
 from dance_seg.models.smp import pad_to
+from dance_seg.normalise import padded_size
 from dance_seg.sample import CoarseLogits
 
 STEM, ENCODER, DECODER, HEAD = (16, 64), (128, 128, 256), (256, 128, 64), (64, 16)
@@ -96,8 +97,7 @@ class JITNet(nn.Module):
 
     def padded_size(self, height: int, width: int) -> tuple[int, int]:
         """The size (H, W) at which the network runs on an image of height x width."""
-        rows, columns = (max(-(-side // self.stride) * self.stride, self.minimum_size) for side in (height, width))
-        return rows, columns
+        return padded_size((height, width), self.stride, self.minimum_size)
 
 
 class Block(nn.Module):

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dance_seg.evaluator import full_size
+from dance_seg.normalise import padded_size
 from dance_seg.sample import CoarseLogits
 
 
@@ -64,8 +65,7 @@ class SmpModel(nn.Module):
 
     def padded_size(self, height: int, width: int) -> tuple[int, int]:
         """The size (H, W) at which the network runs on an image of height x width."""
-        rows, columns = (max(-(-side // self.stride) * self.stride, self.minimum_size) for side in (height, width))
-        return rows, columns
+        return padded_size((height, width), self.stride, self.minimum_size)
 
     def _explain(self, error: Exception, shape: tuple[int, ...]) -> str:
         pair = f"{self.arch} with encoder {self.encoder_name}"

@@ -45,6 +45,7 @@ from torch import Tensor, nn
 
 from dance_seg.evaluator import full_size
 from dance_seg.models.smp import pad_to
+from dance_seg.normalise import padded_size
 from dance_seg.sample import CoarseLogits
 from dance_seg.supernet.prefix import (
     ChannelDrop,
@@ -379,7 +380,7 @@ class ResNasNetwork(nn.Module):
 
     def padded_size(self, height: int, width: int) -> tuple[int, int]:
         """The size (H, W) at which the network runs on an image of height x width."""
-        return -(-height // self.stride) * self.stride, -(-width // self.stride) * self.stride
+        return padded_size((height, width), self.stride)
 
     def every_block(self) -> Iterator[tuple[int, int, "Block"]]:
         """Stage and place of every block, from 0, and the block."""

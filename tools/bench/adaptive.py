@@ -21,7 +21,8 @@ from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
-from tools.bench.common import interleave, ratio, seconds, spread, write_result
+from dance_seg.cost.latency import interleave
+from tools.bench.common import ratio, seconds, spread, write_result
 from tools.bench.four_rows import trained
 from tools.cli import parser, run
 

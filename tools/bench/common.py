@@ -23,18 +23,6 @@ def seconds(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def interleave(sides: Mapping[str, Callable[[], object]], runs: int, warm_up: int = 1) -> dict[str, list[float]]:
-    """Seconds of each side over `runs` rounds, the sides taking turns so that drift of the machine hits both."""
-    for _ in range(warm_up):
-        for call in sides.values():
-            call()
-    times: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in range(runs):
-        for name, call in sides.items():
-            times[name].append(seconds(call))
-    return times
-
-
 def spread(values: Sequence[float]) -> dict[str, float]:
     """Median, minimum and maximum.
 

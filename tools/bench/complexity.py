@@ -19,12 +19,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dance_seg.cost.latency import interleave
 from dance_seg.data_slimming.complexity import classes_in, complexity, spatial_information
 from dance_seg.normalise import normalise
 from dance_seg.sample import Sample
 from datamodules.image_files import read_image
 from datamodules.scenes import render_scene
-from tools.bench.common import interleave, ratio, spread, write_result
+from tools.bench.common import ratio, spread, write_result
 
 SIZES = ((360, 480), (1024, 2048))
 TOLERANCE = 1e-5

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from dance_seg.cost.latency import interleave
 from dance_seg.distillation.learning import attempt, images_of, target_of
 from dance_seg.distillation.objects import weighted_cross_entropy
 from dance_seg.distillation.online import follow
@@ -32,7 +33,7 @@ from dance_seg.sample import Frame
 from dance_seg.teachers import build_student, checkpoint_teacher, recipe_hash, teacher_recipe, trained
 from datamodules import build_datamodule
 from datamodules.video import VideoSource, build_source
-from tools.bench.common import interleave, ratio, spread, write_result
+from tools.bench.common import ratio, spread, write_result
 from tools.cli import parser, run
 
 TEACHERS = Path("runs/teachers")

@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassJaccardIndex
 from tqdm import tqdm
 
+from dance_seg.cost.latency import interleave
 from dance_seg.evaluator import boundary_cells, leaders, resized_argmax
 from dance_seg.metrics import confusion_matrix, scores
 from dance_seg.sample import IGNORE
 from datamodules.scenes import render_scene
-from tools.bench.common import interleave, ratio, write_result
+from tools.bench.common import ratio, write_result
 
 SIZE = (1024, 2048)
 NUM_CLASSES = 19

@@ -22,12 +22,13 @@ import torch
 from torch import Tensor, nn
 
 from dance_seg.batch_norm import reestimate_batch_norm
+from dance_seg.cost.latency import interleave
 from dance_seg.export import Agreement, OnnxFile, export_onnx
 from dance_seg.models.smp import SmpModel
 from dance_seg.network_slimming import NetworkSlimming, slim
 from dance_seg.normalise import normalise
 from datamodules.scenes import CLASSES, PALETTE, render_scene
-from tools.bench.common import interleave, ratio, spread, write_result
+from tools.bench.common import ratio, spread, write_result
 from tools.cli import parser, run
 
 

@@ -22,7 +22,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tools.bench.common import interleave, spread, write_result
+from dance_seg.cost.latency import interleave
+from tools.bench.common import spread, write_result
 from tools.cli import parser, run
 
 ROWS = ("dense", "data_slimming", "network_slimming", "dance")

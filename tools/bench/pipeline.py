@@ -27,6 +27,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from dance_seg.cost.latency import interleave
 from dance_seg.normalise import MEAN, STD, normalise
 from dance_seg.randomness import generator
 from dance_seg.sample import IGNORE, Batch, Draw
@@ -35,7 +36,7 @@ from datamodules.decoded_cache import CachedSource, open_cache
 from datamodules.image_files import decodes
 from datamodules.sources import FileSource, Pair
 from datamodules.transforms import Augmentation, TrainingImages
-from tools.bench.common import interleave, memory, ratio, write_result
+from tools.bench.common import memory, ratio, write_result
 from tools.make_shapes import write_layout
 
 KEY, MEMORY_KEY = "pipeline_vs_reference", "memory_all_over_few_images"

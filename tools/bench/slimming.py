@@ -25,13 +25,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from dance_seg.cost.latency import interleave
 from dance_seg.cost.macs import count_macs, count_training_macs
 from dance_seg.losses import Loss, per_sample_loss, weighted_mean
 from dance_seg.models.smp import SmpModel
 from dance_seg.module import make_optimizer
 from dance_seg.network_slimming import NetworkSlimming, slim
 from dance_seg.options import Optimizer
-from tools.bench.common import interleave, memory, ratio, spread, write_result
+from tools.bench.common import memory, ratio, spread, write_result
 from tools.cli import parser, run
 
 

@@ -11,8 +11,9 @@ import argparse
 import subprocess
 import sys
 
+from dance_seg.cost.latency import interleave
 from tools.__main__ import verbs
-from tools.bench.common import interleave, spread, write_result
+from tools.bench.common import spread, write_result
 
 IMPORT_TARGET_S, HELP_TARGET_S = 0.3, 1.0
 
