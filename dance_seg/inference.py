@@ -89,6 +89,14 @@ class Protocol:
         """How many times the network sees each image."""
         return len(self.scales) * (1 + self.flip)
 
+    def view_sizes(self, size: tuple[int, int]) -> dict[tuple[int, int], int]:
+        """The sizes (H, W) at which whole images of `size` are seen, and how often each.
+
+        >>> Protocol(scales=(0.5, 1), flip=True).view_sizes((20, 30))
+        {(10, 15): 2, (20, 30): 2}
+        """
+        return {scaled_size(size, scale): 1 + self.flip for scale in self.scales}
+
     def windows(self, height: int, width: int) -> list[tuple[slice, slice]]:
         """The windows (rows, columns) that cover an image; one for all of it where it is no larger than a window.
 
@@ -324,8 +332,14 @@ def resized(planes: Tensor, size: tuple[int, int], align_corners: bool = False) 
 def _scaled(images: Tensor, scale: float) -> Tensor:
     if scale == 1:
         return images
-    height, width = (max(1, int(side * scale + 0.5)) for side in images.shape[-2:])
-    return F.interpolate(images, size=(height, width), mode="bilinear", align_corners=False, antialias=scale < 1)
+    size = scaled_size((images.shape[-2], images.shape[-1]), scale)
+    return F.interpolate(images, size=size, mode="bilinear", align_corners=False, antialias=scale < 1)
+
+
+def scaled_size(size: tuple[int, int], scale: float) -> tuple[int, int]:
+    """Height and width times a scale, halves up, and at least one pixel each."""
+    height, width = (max(1, int(side * scale + 0.5)) for side in size)
+    return height, width
 
 
 def _labels(logits: Tensor, size: tuple[int, int]) -> Tensor:

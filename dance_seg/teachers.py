@@ -14,6 +14,8 @@ from dance_seg.build import build_model, load_model, load_run
 from dance_seg.checkpoint import load_checkpoint
 from dance_seg.distillation.state import load_warm_start
 from dance_seg.distillation.teacher import TEACHERS, NetworkTeacher, Teacher, check_classes
+from dance_seg.inference import WHOLE
+from dance_seg.inference import Protocol as Views
 from dance_seg.part import Part, build_part
 from dance_seg.recipe import Recipe, load_recipe, recipe_from_record, recipe_record
 from dance_seg.report.runs import flat
@@ -63,13 +65,20 @@ def build_teacher(
         raise ValueError("the recipe names no teacher; add teacher: {name: checkpoint, args: {run: runs/...}}")
     table: dict[str, Callable[..., Teacher]] = {name: make for name, make in TEACHERS.items() if name != "network"}
 
-    def train(recipe: str, overrides: Sequence[str] = (), resolution: float | None = None) -> Teacher:
+    def train(
+        recipe: str,
+        overrides: Sequence[str] = (),
+        resolution: float | None = None,
+        scales: Sequence[float] = WHOLE.scales,
+        flip: bool = WHOLE.flip,
+    ) -> Teacher:
         if build_datamodule is None:
             raise ValueError(
                 "teacher.name is train, and nothing here can build its data; train it by tools.distill_video"
             )
         wanted = teacher_recipe(recipe, overrides, outer)
-        return checkpoint_teacher(str(trained(wanted, teachers, build_datamodule)), resolution=resolution)
+        run = trained(wanted, teachers, build_datamodule)
+        return checkpoint_teacher(str(run), resolution=resolution, scales=scales, flip=flip)
 
     outer = recipe
     table |= {"checkpoint": checkpoint_teacher, "train": train}
@@ -85,12 +94,19 @@ def build_teacher(
 
 
 def checkpoint_teacher(
-    run: str, checkpoint: str = "best", resolution: float | None = None, device: str | None = None
+    run: str,
+    checkpoint: str = "best",
+    resolution: float | None = None,
+    device: str | None = None,
+    scales: Sequence[float] = WHOLE.scales,
+    flip: bool = WHOLE.flip,
 ) -> NetworkTeacher:
     """A teacher from a run folder (its `best`, `last` or a named checkpoint), a .ckpt or a .safetensors file.
 
-    It sees frames at the resolution it was trained at, unless told otherwise. Raises ValueError and CheckpointError.
+    It sees frames at the resolution it was trained at, unless told otherwise, at each of the `scales` of that and, with
+    `flip`, mirrored too. Raises ValueError and CheckpointError.
     """
+    protocol = Views(tuple(scales), flip)
     path = Path(run)
     if path.suffix == ".safetensors":
         from dance_seg.export import load_safetensors
@@ -102,7 +118,7 @@ def checkpoint_teacher(
         model, record, _ = load_run(path, checkpoint)
     if resolution is None:
         resolution = float(record["recipe"]["data"].get("args", {}).get("resolution", 1.0))
-    teacher = NetworkTeacher(model, record["labels"]["classes"], resolution, device)
+    teacher = NetworkTeacher(model, record["labels"]["classes"], resolution, device, protocol)
     teacher.palette = tuple(tuple(color) for color in record["labels"]["palette"])  # type: ignore[attr-defined]
     return teacher
 

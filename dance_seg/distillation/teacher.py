@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from dance_seg.cost.macs import count_macs
 from dance_seg.errors import DataError
 from dance_seg.evaluator import labels_from_logits
-from dance_seg.inference import predict_labels
+from dance_seg.inference import WHOLE, predict
+from dance_seg.inference import Protocol as Views
 from dance_seg.normalise import downsampled, downsampled_size, normalise
 from dance_seg.randomness import generator
 from dance_seg.sample import IGNORE, Frame
@@ -80,7 +81,8 @@ def network_input(image: np.ndarray, resolution: float, device: torch.device) ->
 class NetworkTeacher:
     """Any network of the platform: normalised images (N, 3, H, W) -> logits (N, C, H, W).
 
-    It sees frames at `resolution` times their size. Runs on the first CUDA device unless told where.
+    It sees frames at `resolution` times their size, once or, by `protocol`, at several scales and mirrored, which
+    costs so many times more and labels better. Runs on the first CUDA device unless told where.
 
     >>> teacher = NetworkTeacher(nn.Conv2d(3, 2, 1), ("road", "car"))
     >>> teacher(Frame(0, 0.0, np.zeros((4, 6, 3), np.uint8))).labels.shape, teacher.macs((4, 6))
@@ -88,10 +90,16 @@ class NetworkTeacher:
     """
 
     def __init__(
-        self, model: nn.Module, classes: Sequence[str], resolution: float = 1.0, device: str | None = None
+        self,
+        model: nn.Module,
+        classes: Sequence[str],
+        resolution: float = 1.0,
+        device: str | None = None,
+        protocol: Views = WHOLE,
     ) -> None:
         if not 0 < resolution <= 1:
             raise ValueError(f"teacher.resolution is {resolution}: above 0 and at most 1")
+        self.protocol = protocol
         self.classes, self.resolution = tuple(classes), resolution
         self.device = _device(device)
         self.model = model.to(self.device).eval()
@@ -100,13 +108,15 @@ class NetworkTeacher:
     def macs(self, size: tuple[int, int]) -> int:
         """MACs of a frame of size (H, W), counted once for each size."""
         if size not in self._macs:
-            self._macs[size] = count_macs(self.model, downsampled_size(size, self.resolution)).macs
+            views = self.protocol.view_sizes(downsampled_size(size, self.resolution))
+            self._macs[size] = sum(number * count_macs(self.model, view).macs for view, number in views.items())
         return self._macs[size]
 
     def __call__(self, frame: Frame) -> Teaching:
         """The labels of a frame. Raises ValueError for logits that are not finite."""
         images = network_input(frame.image, self.resolution, self.device)
-        return Teaching(predict_labels(self.model, images, frame.image.shape[:2])[0].numpy())
+        height, width = frame.image.shape[:2]
+        return Teaching(predict(self.model, images, (height, width), self.protocol)[0].numpy())
 
 
 class RecordedTeacher:

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from dance_seg.cost.macs import count_macs
 from dance_seg.distillation.teacher import (
     TEACHERS,
     HuggingFaceTeacher,
@@ -21,7 +22,7 @@ from dance_seg.distillation.teacher import (
     paint,
 )
 from dance_seg.errors import DataError
-from dance_seg.inference import predict_labels
+from dance_seg.inference import Protocol, mean_probabilities, predict_labels
 from dance_seg.normalise import normalise
 from dance_seg.sample import IGNORE, Frame
 from tests.dance_seg.distillation.streams import CLASSES, SIZE, frame_at, student
@@ -55,6 +56,18 @@ def test_a_network_at_half_the_resolution_costs_a_quarter_and_labels_the_whole_f
     assert half(frame_at(0)).labels.shape == SIZE
     with pytest.raises(ValueError, match="resolution is 0"):
         NetworkTeacher(student(), CLASSES, 0, device="cpu")
+
+
+def test_a_network_seen_at_several_scales_labels_and_costs_as_the_evaluation_of_those_scales():
+    network, protocol = student(), Protocol(scales=(0.5, 1.0, 1.5), flip=True)
+    teacher = NetworkTeacher(network, CLASSES, device="cpu", protocol=protocol)
+    frame = frame_at(3)
+    images = network_input(frame.image, 1.0, torch.device("cpu"))
+    expected = mean_probabilities(network, images, SIZE, protocol).argmax(1)[0].numpy()
+    np.testing.assert_array_equal(teacher(frame).labels, expected)
+    assert (teacher(frame).labels != NetworkTeacher(network, CLASSES, device="cpu")(frame).labels).any()
+    sizes = [(SIZE[0] * k // 2, SIZE[1] * k // 2) for k in (1, 2, 3)]
+    assert teacher.macs(SIZE) == 2 * sum(count_macs(network, size).macs for size in sizes)
 
 
 def test_a_frame_that_may_not_be_written_to_is_taken_without_a_warning(recwarn):
