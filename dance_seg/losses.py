@@ -249,15 +249,15 @@ def _jaccard_steps(errors_KP: Tensor, targets_KP: Tensor) -> Tensor:
 
 
 def _jaccard_steps_on_cpu(errors_KP: np.ndarray, targets_KP: np.ndarray) -> np.ndarray:
-    """The same for float32 errors of at least 0, whose bits sort as they do: NumPy sorts integers 15 times faster."""
-    num_pixels = errors_KP.shape[1]
-    place_P, rank_P = np.arange(num_pixels, dtype=np.uint64), np.arange(1, num_pixels + 1)
+    """The same for float32 errors of at least 0, whose bits sort as they do."""
+    rank_P = np.arange(1, errors_KP.shape[1] + 1)
     steps_KP = np.empty_like(errors_KP)
     for errors_P, targets_P, steps_P in zip(errors_KP, targets_KP, steps_KP, strict=True):
-        # Largest error first: bits and place in one integer, so that sorting also says where each came from.
-        key_P = ~errors_P.view(np.uint32).astype(np.uint64) << np.uint64(32) | place_P
-        key_P.sort()
-        order_P = (key_P & np.uint64(0xFFFFFFFF)).view(np.int64)
+        # Largest error first, by the lower half of the bits and then by the upper: NumPy sorts 16 bits stably by
+        # counting, in an eighth of the time that it takes to sort the numbers themselves.
+        bits_P = ~errors_P.view(np.uint32)
+        order_P = bits_P.astype(np.uint16).argsort(kind="stable")
+        order_P = order_P[(bits_P >> 16).astype(np.uint16)[order_P].argsort(kind="stable")]
         hits_P = targets_P[order_P].cumsum(dtype=np.int32)
         jaccard_P = 1 - (hits_P[-1] - hits_P) / (hits_P[-1] + rank_P - hits_P)
         steps_P[order_P] = np.diff(jaccard_P, prepend=0.0)

@@ -1,5 +1,6 @@
 """One cut, from looking at a network to its smaller self: branches, groups, importance, share, surgery."""
 
+import math
 from collections.abc import Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ from dance_seg.network_slimming.channels import Group, Groups
 from dance_seg.network_slimming.groups import find_groups
 from dance_seg.network_slimming.importance import channels_to_keep, importance
 from dance_seg.network_slimming.schedule import NetworkSlimming
+from dance_seg.network_slimming.size_bounds import MacsBounds
 from dance_seg.network_slimming.structure import structure_hash
 from dance_seg.network_slimming.surgery import Kept, cut
 
@@ -165,12 +167,20 @@ def _kept_for_share(
     whole = [np.arange(group.channels) for group in groups]
     if _share(model, options, groups, whole, input_size, full) <= share:
         return whole  # an earlier cut, rounded, went as far already
+    bounds = MacsBounds(model, input_size) if options.of == "macs" else None
     low, high = 0.0, 1.0
     best = _kept(options, groups, scores, low)
     for _ in range(_TRIES):
         middle = (low + high) / 2
         tried = _kept(options, groups, scores, middle)
-        if _share(model, options, groups, tried, input_size, full) <= share:
+        least, most = bounds.after(groups, tried) if bounds else (0, math.inf)
+        if most <= share * full.macs:
+            fits = True
+        elif least > share * full.macs:
+            fits = False
+        else:
+            fits = _share(model, options, groups, tried, input_size, full) <= share
+        if fits:
             low, best = middle, tried
         else:
             high = middle
