@@ -26,6 +26,7 @@ from datamodules.label_table import LabelTable
 from datamodules.sampler import EpochSummary, SameScaleBatches
 from datamodules.sources import Pair
 from datamodules.transforms import Augmentation, EvaluationImages, TrainingImages, worker_init
+from datamodules.workers import Batches, Order, WatchedSource
 
 
 class Source(Protocol):
@@ -49,6 +50,7 @@ class SegmentationDataModule(LightningDataModule):
     images are used at this fraction of their size, while scores are always taken at the labels' own. hold_out: a
     drive, a list or a fraction of train taken away from training and validated on. validate_on: the split to validate
     on; "auto" is what was held out, or else val. cache_gb: size of the store of decoded images, outside the data.
+    worker_timeout: seconds that a worker may take for a batch before it is ended and started anew.
     """
 
     def __init__(
@@ -68,11 +70,13 @@ class SegmentationDataModule(LightningDataModule):
         cache_gb: float = 8.0,
         cache_dir: str | None = None,
         statistics_images: int = 64,
+        worker_timeout: float = 300.0,
     ) -> None:
         super().__init__()
         self.crop = _size(crop, "data.args.crop")
         self.batch_size = _whole(batch_size, "data.args.batch_size", 2)
         self.workers = _whole(workers, "data.args.workers", 0)
+        self.worker_timeout = _number(worker_timeout, "data.args.worker_timeout", 1, 1e6)
         low, high = _pair(random_scale, "data.args.random_scale")
         self.resolution = _number(resolution, "data.args.resolution", 0.05, 1.0)
         self.augmentation = Augmentation(
@@ -211,36 +215,50 @@ class SegmentationDataModule(LightningDataModule):
     # Loaders ------------------------------------------------------------------------------------------------------
 
     @cached_property
-    def _train_loader(self) -> DataLoader:
-        images = TrainingImages(self.source("train"), self.crop, self.augmentation, self.seed)
-        return self._loader(images, batch_sampler=self.batches)
+    def _train_loader(self) -> tuple[DataLoader, WatchedSource]:
+        source = WatchedSource(self.source("train"), self.workers)
+        images = TrainingImages(source, self.crop, self.augmentation, self.seed)
+        # Workers stay for the next epoch; those of validation end with it.
+        return self._loader(images, batch_sampler=self.batches, persistent_workers=self.workers > 0), source
 
-    def train_dataloader(self) -> "EpochOfBatches":
+    def train_dataloader(self) -> Batches:
         """What is left of the current epoch; Lightning asks anew each epoch."""
         if self.trainer is not None:
             self.batches.set_position(*_position(self.trainer))
-        return EpochOfBatches(self._train_loader, len(self.batches))
+        epoch, start = self.batches.epoch, self.batches.start
+        loader, source = self._train_loader
+        return Batches(
+            loader,
+            len(self.batches),
+            go_to=lambda given: self.batches.set_position(epoch, start + given),
+            source=source,
+            patience=self.worker_timeout,
+            place=f"epoch {epoch}",
+        )
 
-    def val_dataloader(self) -> DataLoader:
+    def val_dataloader(self) -> Batches:
         """Full images, one at a time, each on one rank only: nothing is padded or counted twice."""
         return self.evaluation_loader(self.validate_on)
 
-    def evaluation_loader(self, split: str) -> DataLoader:
+    def evaluation_loader(self, split: str) -> Batches:
         """The full images of a split."""
-        images = EvaluationImages(self.source(split), self.resolution, self.adaptive)
+        source = WatchedSource(self.source(split), self.workers)
+        images = EvaluationImages(source, self.resolution, self.adaptive)
         ranks, rank = self._ranks
-        return self._loader(Subset(images, range(rank, len(images), ranks)), batch_size=None)
+        mine = Subset(images, range(rank, len(images), ranks))
+        order = Order(len(mine))
+        loader = self._loader(mine, batch_size=None, sampler=order)
+        place = f"the split {split}"
+        return Batches(loader, len(order), go_to=order.go_to, source=source, patience=self.worker_timeout, place=place)
 
     def _loader(self, images: Any, **how: Any) -> DataLoader:
         workers = self.workers
         return DataLoader(
             images,
             num_workers=workers,
-            persistent_workers=workers > 0,
             worker_init_fn=worker_init if workers else None,
             pin_memory=torch.cuda.is_available(),
             collate_fn=_as_it_is,  # type: ignore[arg-type]
-            timeout=300 if workers else 0,  # a worker that hangs is an error, not a wait for ever
             **how,
         )
 
@@ -283,21 +301,6 @@ class SegmentationDataModule(LightningDataModule):
         if training:
             self._normalised[batch.images.shape] = images
         return batch._replace(images=images, labels=batch.labels.long())
-
-
-class EpochOfBatches:
-    """What is left of one epoch. Iterating starts the workers with the first batch and not before: Lightning asks
-    for two iterators an epoch and uses one.
-    """
-
-    def __init__(self, loader: DataLoader, length: int) -> None:
-        self.loader, self.length = loader, length
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __iter__(self) -> Iterator[Batch]:
-        yield from self.loader
 
 
 def _position(trainer: Any) -> tuple[int, int]:

@@ -10,6 +10,7 @@ N images, H rows, W columns; images are RGB uint8, labels class indices uint8.
 
 import math
 import os
+import signal
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -230,8 +231,15 @@ class EvaluationImages(Dataset):
 
 
 def worker_init(worker: int) -> None:
-    """For DataLoader's worker_init_fn: the workers are the parallelism, OpenCV's threads would only get in the way."""
+    """For DataLoader's worker_init_fn: the workers are the parallelism, OpenCV's threads would only get in the way.
+
+    A signal that asks the run to end, which a terminal sends to all its processes, is the main process's to follow;
+    SIGTERM is left alone, since that is how a worker is ended.
+    """
     cv2.setNumThreads(0)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for number in (signal.SIGINT, getattr(signal, "SIGUSR1", signal.SIGINT)):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _place(slack: int, share: float) -> int:
