@@ -6,30 +6,37 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from pytorch_lightning import Trainer
-from pytorch_lightning.strategies import DDPStrategy
 from pytorch_lightning.utilities.rank_zero import rank_zero_info
 from torch import nn
 
+from dance_seg.background import BackgroundWriter
 from dance_seg.callbacks import (
     Checkpoints,
     CostLedger,
     ExactResume,
+    FiniteSteps,
     ImageLosses,
+    Moves,
     NetworkCuts,
     Pictures,
     PlanInLog,
     ReestimatedStatistics,
+    StopOnSignal,
     TrainingEnergy,
     checkpoint_of,
 )
-from dance_seg.checkpoint import atomic_checkpoint_io, newest_valid
+from dance_seg.checkpoint import forget_older, newest_valid
+from dance_seg.checkpoint_io import AtomicCheckpointIO
+from dance_seg.ddp import UnevenValidation
 from dance_seg.early_exit.exits import ExitNetwork
+from dance_seg.heartbeat import Heartbeat
 from dance_seg.losses import SoftLabels
 from dance_seg.machine import write_text
 from dance_seg.models import MODELS
@@ -50,22 +57,6 @@ LEAST_TAKEN = 0.5
 
 MEASURING_SECONDS = 600
 """How long other ranks wait for rank 0 to prepare the data and measure how to execute a step."""
-
-
-class UnevenValidation(DDPStrategy):
-    """DDP whose validation does not pass through the wrapper, which would wait for ranks that have fewer images."""
-
-    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
-        """One rank's validation step, on its own."""
-        assert self.lightning_module is not None
-        with self.precision_plugin.val_step_context():
-            return self.lightning_module.validation_step(*args, **kwargs)
-
-    def renew(self) -> None:
-        """Wrap the module anew, since its parameters are others after a cut."""
-        assert self.lightning_module is not None
-        self.model = self._setup_model(self.lightning_module)
-        self._register_ddp_hooks()
 
 
 def build_model(recipe: Recipe, num_classes: int) -> nn.Module:
@@ -108,7 +99,7 @@ def build_module(recipe: Recipe, model: nn.Module, datamodule: "SegmentationData
     return module
 
 
-def build_trainer(recipe: Recipe, datamodule: "SegmentationDataModule", folder: Path) -> Trainer:
+def build_trainer(recipe: Recipe, datamodule: "SegmentationDataModule", folder: Path, heartbeat: Heartbeat) -> Trainer:
     """The Trainer of a recipe, writing into a run folder."""
     options = recipe.trainer
     ranks = options.devices * options.num_nodes
@@ -144,12 +135,17 @@ def build_trainer(recipe: Recipe, datamodule: "SegmentationDataModule", folder: 
         folder,
         mirror,
     )
+    record = checkpoint_record(recipe, datamodule)
+    place = folder / "checkpoints"
+    # What was measured is on the disk before the state that goes on after it.
+    writer = BackgroundWriter(before=metrics.sync, after=partial(forget_older, place))
+    checkpoints = Checkpoints(place, options.save_every_minutes, may_choose, record, writer)
     return Trainer(
         accelerator=options.accelerator,
         devices=options.devices,
         num_nodes=options.num_nodes,
         precision=options.precision,
-        strategy=UnevenValidation(timeout=timedelta(minutes=10)) if ranks > 1 else "auto",
+        strategy=UnevenValidation(timeout=timedelta(minutes=options.patience_minutes)) if ranks > 1 else "auto",
         sync_batchnorm=options.sync_batchnorm and not on_cpu,
         max_epochs=options.max_epochs,
         accumulate_grad_batches=options.accumulate,
@@ -162,20 +158,21 @@ def build_trainer(recipe: Recipe, datamodule: "SegmentationDataModule", folder: 
         deterministic="warn" if options.deterministic else False,
         enable_checkpointing=False,
         enable_model_summary=False,
-        plugins=[atomic_checkpoint_io()],  # type: ignore[list-item]
+        plugins=[AtomicCheckpointIO(writer)],
         logger=[metrics, *([mirror] if mirror is not None else [])],
         callbacks=[
+            Moves(heartbeat),
             ExactResume(recipe.seed),
             TrainingEnergy(ledger),
             ledger,
             *([cuts] if cuts else []),
+            FiniteSteps(options.bad_steps, folder),
             PlanInLog(mirror),
             ImageLosses(folder),
             ReestimatedStatistics(datamodule.statistics_batches, may_choose, ledger),
             Pictures(folder / "pictures", datamodule.label_table.palette, mirror),
-            Checkpoints(
-                folder / "checkpoints", options.save_every_minutes, may_choose, checkpoint_record(recipe, datamodule)
-            ),
+            checkpoints,
+            StopOnSignal(checkpoints),
         ],
         default_root_dir=folder,
     )
@@ -224,7 +221,10 @@ def train(recipe: Recipe, datamodule: "SegmentationDataModule", folder: Path) ->
     if main:
         write_plan(folder, datamodule)
         note(folder, classes=list(datamodule.classes))
-    trainer = build_trainer(recipe, datamodule, folder)
+    ranks = recipe.trainer.devices * recipe.trainer.num_nodes
+    heartbeat = Heartbeat(folder, ranks, 60 * recipe.trainer.patience_minutes)
+    trainer = build_trainer(recipe, datamodule, folder, heartbeat)
+    heartbeat.rank = trainer.global_rank
     if found is not None:
         path, checkpoint = found
         place = checkpoint["callbacks"]["ExactResume"]
@@ -236,7 +236,8 @@ def train(recipe: Recipe, datamodule: "SegmentationDataModule", folder: Path) ->
             JsonlLogger(folder).mark_resumed(checkpoint["global_step"])
         del checkpoint
     try:
-        trainer.fit(module, datamodule=datamodule, ckpt_path=found[0] if found else None, weights_only=True)
+        with heartbeat:
+            fit(trainer, module, datamodule, found[0] if found else None, heartbeat)
     finally:
         for logger in trainer.loggers:
             if isinstance(logger, GuardedWandbLogger):
@@ -244,6 +245,28 @@ def train(recipe: Recipe, datamodule: "SegmentationDataModule", folder: Path) ->
     if trainer.is_global_zero and trainer.current_epoch >= recipe.trainer.max_epochs:
         note(folder, finished=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
     return folder
+
+
+def fit(
+    trainer: Trainer,
+    module: SegmentationModule,
+    datamodule: "SegmentationDataModule",
+    checkpoint: Path | None,
+    heartbeat: Heartbeat,
+) -> None:
+    """Train. Raises LostRankError, which names the rank, where waiting for another one has failed."""
+    end_ranks = getattr(trainer.strategy, "end_ranks", lambda: None)
+    try:
+        trainer.fit(module, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
+    except RuntimeError as error:
+        lost = heartbeat.explain(error)
+        end_ranks()
+        if lost is None:
+            raise
+        raise lost from error
+    except BaseException:
+        end_ranks()
+        raise
 
 
 def write_plan(folder: Path, datamodule: "SegmentationDataModule") -> None:

@@ -43,11 +43,7 @@ def save_checkpoint(record: dict[str, Any], path: str | Path) -> None:
     (naming its key) and when the file cannot be written; what was there before is then untouched.
     """
     path = Path(path)
-    foreign = next(_foreign(record, ""), None)
-    if foreign is not None:
-        raise CheckpointError(
-            f"{path}: not saved: {foreign}, which could not be loaded without running its code; save plain data"
-        )
+    check_plain(record, path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}{_TEMPORARY}")
     writer = None
     try:
@@ -67,6 +63,15 @@ def save_checkpoint(record: dict[str, Any], path: str | Path) -> None:
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def check_plain(record: dict[str, Any], path: str | Path) -> None:
+    """Raise CheckpointError, naming path and key, when a record holds more than tensors and plain data."""
+    foreign = next(_foreign(record, ""), None)
+    if foreign is not None:
+        raise CheckpointError(
+            f"{path}: not saved: {foreign}, which could not be loaded without running its code; save plain data"
+        )
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -151,35 +156,6 @@ def check_writable(folder: str | Path) -> None:
     finally:
         with suppress(OSError):
             probe.unlink(missing_ok=True)
-
-
-class AtomicCheckpointIO:
-    """Lets a Lightning Trainer save and load its checkpoints by the functions above; made by `atomic_checkpoint_io`."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: object = None) -> None:
-        """Write what Lightning and the callbacks have gathered. Raises CheckpointError."""
-        save_checkpoint(checkpoint, path)
-
-    def load_checkpoint(
-        self, path: str | Path, map_location: object = None, weights_only: bool | None = None
-    ) -> dict[str, Any]:
-        """Read a checkpoint to the CPU, always without running code, whatever is asked for. Raises CheckpointError."""
-        return load_checkpoint(path)
-
-    def remove_checkpoint(self, path: str | Path) -> None:
-        """Delete a checkpoint that Lightning no longer keeps."""
-        Path(path).unlink(missing_ok=True)
-
-    def teardown(self) -> None:
-        """Nothing is kept open."""
-
-
-def atomic_checkpoint_io() -> AtomicCheckpointIO:
-    """The plugin for `Trainer(plugins=[...])`; Lightning is imported here, since loading alone does not need it."""
-    from lightning_fabric.plugins.io.checkpoint_io import CheckpointIO
-
-    CheckpointIO.register(AtomicCheckpointIO)
-    return AtomicCheckpointIO()
 
 
 class _HashingWriter:

@@ -42,6 +42,19 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
     return total
 
 
+def greatest_over_ranks(value: int, device: torch.device | str = "cpu") -> int:
+    """The greatest of the ranks' values, the same on each; every rank must call it, with its device.
+
+    >>> greatest_over_ranks(3)
+    3
+    """
+    if not _is_distributed():
+        return value
+    greatest = torch.tensor(value, device=device)
+    torch.distributed.all_reduce(greatest, torch.distributed.ReduceOp.MAX)
+    return int(greatest)
+
+
 def _is_distributed() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 

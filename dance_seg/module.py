@@ -63,6 +63,7 @@ class SegmentationModule(LightningModule):
         self.matrices = nn.ModuleList(ConfusionMatrix(len(self.classes)) for _ in range(num_exits))  # the last decides
         self.sparsity, self._scales = 0.0, list[nn.Parameter]()
         self.last_losses: Tensor | None = None  # (N,), of the newest training step, before weights
+        self.step_passed_over = False  # whether the newest step changed nothing, since it was not finite
 
     @property
     def evaluated_model(self) -> nn.Module:
@@ -129,7 +130,7 @@ class SegmentationModule(LightningModule):
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step, and let the average follow."""
         super().optimizer_step(*args, **kwargs)
-        if self.average is not None:
+        if self.average is not None and not self.step_passed_over:
             self.average.follow(self.model)
 
     def set_sparsity(self, sparsity: float, groups: Iterable[Group]) -> None:

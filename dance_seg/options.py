@@ -76,11 +76,13 @@ class Training:
     sync_batchnorm: bool = False
     accumulate: int = 1  # batches per step of the optimiser
     gradient_clip: float | None = None  # norm
+    bad_steps: int = 10  # steps in a row that may be passed over for NaN or infinity before training stops
     ema: float | None = None  # decay of the averaged weights that are validated and exported; None: no average
     threads: int = 0  # of the processor, for torch; 0: as many as there are cores
     validate_every: int = 1  # epochs
     choose_from: float = 0.8  # progress from which a validation may choose the best checkpoint
     save_every_minutes: float = 5.0
+    patience_minutes: float = 10.0  # without a batch finished, after which another rank counts as lost
     log_every: int = 10  # steps
     deterministic: bool = True  # torch's deterministic algorithms where they exist
 
@@ -89,12 +91,16 @@ class Training:
         for key in ("max_epochs", "devices", "num_nodes", "accumulate", "validate_every", "log_every"):
             if getattr(self, key) < 1:
                 raise ValueError(f"trainer.{key} is {getattr(self, key)}: at least 1")
+        if self.bad_steps < 0:
+            raise ValueError(f"trainer.bad_steps is {self.bad_steps}: zero (stop at the first) or more")
         if not 0 <= self.choose_from < 1:
             raise ValueError(f"trainer.choose_from is {self.choose_from}: a progress in [0, 1)")
         if self.ema is not None and not 0 < self.ema < 1:
             raise ValueError(f"trainer.ema is {self.ema}: a decay in (0, 1), such as 0.999, or null for none")
         if self.gradient_clip is not None and not self.gradient_clip > 0:
             raise ValueError(f"trainer.gradient_clip is {self.gradient_clip}: a positive norm, or null for none")
+        if not 0 < self.patience_minutes < math.inf:
+            raise ValueError(f"trainer.patience_minutes is {self.patience_minutes}: a positive number of minutes")
         if not self.save_every_minutes >= 0:
             raise ValueError(f"trainer.save_every_minutes is {self.save_every_minutes}: zero (every step) or more")
 

@@ -10,12 +10,10 @@ any other: `tools.predict` and `tools.export` take it.
 import copy
 import json
 import os
-import signal
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -41,6 +39,7 @@ from dance_seg.randomness import Stream, seed_torch
 from dance_seg.recipe import Recipe, recipe_record
 from dance_seg.run_folder import note, notes, open_folder, run_id
 from dance_seg.sample import Frame
+from dance_seg.signals import NotedSignals, StoppedBySignal
 from dance_seg.stream_pictures import Film, SampleFrames
 from dance_seg.teachers import Source, build_student, build_teacher, palette_of
 from dance_seg.tracking import guarded_wandb_logger
@@ -77,10 +76,11 @@ def follow_stream(
 
     Without a `teacher` the recipe's is built. `overlay` is a film of what the user is shown. `stop_after` ends this
     call after so many frames, with the state saved. With a `pace` teacher and updates run beside inference, and frames
-    that come too fast are dropped. SIGINT and SIGTERM end it after the frame at hand, with the state saved.
+    that come too fast are dropped. SIGINT, SIGTERM and SIGUSR1 end it after the frame at hand, with the state saved.
 
-    Raises ValueError when the folder holds a run of another recipe, when classes of teacher, student and video differ;
-    what the source and the teacher raise where they are told to stop, after the state was saved.
+    Raises StoppedBySignal then; ValueError when the folder holds a run of another recipe, when classes of teacher,
+    student and video differ; what the source and the teacher raise where they are told to stop, after the state was
+    saved.
     """
     options = recipe.distillation
     if options is None:
@@ -111,13 +111,13 @@ def follow_stream(
     judge = teacher if options.score_every_frame and paced is None else None
     bar = ProgressBar(run, source, progress)
     try:
-        with stopped_by_signals() as stop:
+        with NotedSignals() as noted:
             for number, (followed, labels, found) in enumerate(scored(stream, run.scores, judge), start=1):
                 run.take(followed, labels, found, paced)
                 bar.show(followed, found)
                 if film is not None:
                     film.add(followed)
-                if stop.is_set() or number == stop_after:
+                if noted.number or number == stop_after:
                     break
             else:
                 run.finish()
@@ -133,6 +133,8 @@ def follow_stream(
         for part in (stream, paced, film, run):
             if part is not None:
                 part.close()  # type: ignore[union-attr]
+    if noted.number:
+        raise StoppedBySignal(noted.number)
     return folder
 
 
@@ -317,27 +319,6 @@ def seconds_alone(state: StreamState, teacher: Teacher, frame: Frame, runs: int 
         if lesson.updates:
             found["updates"].append((time.perf_counter() - began) / lesson.updates)
     return {part: median(times) if times else 0.0 for part, times in found.items()}
-
-
-@contextmanager
-def stopped_by_signals() -> Iterator[threading.Event]:
-    """An event that SIGINT and SIGTERM set, so that the frame at hand is finished; a second SIGINT ends it at once."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-
-    def note(number: int, frame: object) -> None:
-        if stop.is_set():
-            raise KeyboardInterrupt
-        stop.set()
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 class ProgressBar:

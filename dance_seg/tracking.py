@@ -76,10 +76,14 @@ class JsonlLogger(Logger):
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
         """Nothing: the resolved recipe stands in recipe.yaml."""
 
+    def sync(self) -> None:
+        """Bring everything to the disk; from any thread."""
+        self.metrics_file.sync()
+
     @rank_zero_only
     def finalize(self, status: str) -> None:
         """Bring everything to the disk."""
-        self.metrics_file.sync()
+        self.sync()
 
 
 def guarded_wandb_logger(

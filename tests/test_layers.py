@@ -9,13 +9,15 @@ ROOT = Path(__file__).parent.parent
 
 # A file imports only from lower ranks and from its own package.
 RANKS = {
-    "sample": 0, "part": 0, "randomness": 0, "errors": 0, "machine": 0, "distributed": 0, "normalise": 0,
+    "sample": 0, "part": 0, "randomness": 0, "errors": 0, "machine": 0, "signals": 0, "heartbeat": 1, "ddp": 1,
+    "distributed": 0, "normalise": 0,
     "data_slimming": 1, "losses": 1, "batch_norm": 1, "metrics": 1, "evaluator": 1, "cost": 1, "options": 1,
     "early_exit": 1.5, "supernet": 1.7,
     "boundary": 2, "consistency": 2, "inference": 2,
     "models": 2, "network_slimming": 2,
     "distillation": 3,  # labels by inference, scores by consistency; for recipe and report
-    "checkpoint": 3, "tracking": 3, "metrics_file": 1, "module": 3, "callbacks": 3,
+    "checkpoint": 2, "background": 2.5, "checkpoint_io": 3,
+    "tracking": 3, "metrics_file": 1, "module": 3, "callbacks": 3,
     "calibration": 4,
     "recipe": 4, "report": 4,
     "execution": 5, "run_folder": 5, "build": 6,
@@ -30,10 +32,11 @@ HOMES = {
     "albumentations": {"datamodules/transforms.py"},
     "wandb": {"dance_seg/tracking.py"},
     "pytorch_lightning": {
-        "dance_seg/module.py", "dance_seg/checkpoint.py", "dance_seg/tracking.py", "dance_seg/build.py",
-        "datamodules/base.py",
+        "dance_seg/module.py", "dance_seg/tracking.py", "dance_seg/build.py",
+        "dance_seg/ddp.py", "datamodules/base.py",
         *(f"dance_seg/callbacks/{name}.py" for name in (
-            "checkpoints", "cuts", "energy", "image_losses", "ledger", "pictures", "plan", "resume", "statistics",
+            "checkpoints", "cuts", "energy", "finite", "image_losses", "ledger", "pictures", "plan", "resume",
+            "statistics", "stop", "watch",
         )),
     },
     "segmentation_models_pytorch": {"dance_seg/models/smp.py"},

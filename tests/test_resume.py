@@ -96,6 +96,7 @@ def keeping_checkpoints(folder, overrides):
 
     def save_and_copy(self, trainer):
         save(self, trainer)
+        self.writer.finish()
         newest = max((folder / "run/checkpoints").glob("step-*.ckpt"))
         shutil.copy(newest, kept / newest.name)
 

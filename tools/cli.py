@@ -12,7 +12,7 @@ from typing import Any
 
 
 def run(main: Callable[[], int | None]) -> None:
-    """Run a tool's main function; an error a person can act on is one line and exit status 2."""
+    """Run a tool's main function; an error a person can act on is one line and exit status 2, or the error's own."""
     quiet()
     try:
         status = main()
@@ -20,7 +20,7 @@ def run(main: Callable[[], int | None]) -> None:
         if os.environ.get("DANCE_SEG_TRACEBACK"):
             raise
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(2) from None
+        raise SystemExit(getattr(error, "status", 2)) from None
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None

@@ -40,6 +40,7 @@ def main() -> int:
     if recipe.distillation is None:
         raise ValueError(f"{arguments.recipe}: has no section distillation; train it by python -m tools.train")
     from dance_seg.report.stream_page import write_stream_report
+    from dance_seg.signals import StoppedBySignal
     from dance_seg.stream import follow_stream
     from dance_seg.teachers import build_teacher
     from datamodules import build_datamodule
@@ -51,21 +52,25 @@ def main() -> int:
     pace: Callable[..., Any] | None = None
     if arguments.real_time:
         pace = partial(paced, queue=arguments.queue, policy=arguments.policy)
-    folder = follow_stream(
-        recipe,
-        source,
-        arguments.runs / recipe.name,
-        teacher,
-        overlay=arguments.overlay,
-        stop_after=arguments.frames,
-        pace=pace,
-        progress=not arguments.no_progress,
-    )
+    folder, stopped = arguments.runs / recipe.name, 0
+    try:
+        follow_stream(
+            recipe,
+            source,
+            folder,
+            teacher,
+            overlay=arguments.overlay,
+            stop_after=arguments.frames,
+            pace=pace,
+            progress=not arguments.no_progress,
+        )
+    except StoppedBySignal as stop:  # how a camera's stream ends: what it came to is shown all the same
+        stopped = stop.status
     figures = totals(folder)
     print("\n".join(described(figures)))
     write_json(arguments.json, figures)
     print(f"{write_stream_report(folder)} shows the stream; {folder} also holds metrics.jsonl, scores.json, cost.json")
-    return 0
+    return stopped
 
 
 def totals(folder: Path) -> dict[str, Any]:

@@ -51,8 +51,10 @@ class ExactResume(Callback):
         loops["epoch_progress"] = {"total": dict(epochs), "current": dict(epochs)}
         batches = dict.fromkeys(("ready", "started", "processed", "completed"), 0)
         progress = loops["epoch_loop.batch_progress"]
-        done = progress["total"]["ready"]
+        done = progress["total"]["completed"]
         progress.update(total=dict.fromkeys(progress["total"], done), current=batches, is_last_batch=False)
+        # The step that figures are logged at; Lightning counts it up after its hooks, so it lags behind in all of them.
+        loops["epoch_loop.state_dict"]["_batches_that_stepped"] = trainer.global_step
         steps = loops["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]
         for counter in (steps["step"], steps["zero_grad"]):
             counter["current"] = dict.fromkeys(counter["current"], 0)

@@ -108,7 +108,9 @@ def test_a_signal_ends_it_after_the_frame_at_hand(tmp_path, undisturbed):
             return oracle(frame)
 
     before = signal.getsignal(signal.SIGTERM)
-    follow(recipe, tmp_path / "run", teacher=Interrupted(oracle.classes, macs=10**9))
+    with pytest.raises(SystemExit) as stopped:
+        follow(recipe, tmp_path / "run", teacher=Interrupted(oracle.classes, macs=10**9))
+    assert stopped.value.code == 143
     assert signal.getsignal(signal.SIGTERM) == before
     assert len(rows_of(tmp_path / "run")) == 6
     follow(recipe, tmp_path / "run")

@@ -1,0 +1,68 @@
+"""Scenarios 1 and 20: ten kills at random moments, dense and DANCE, in one process and in two; not one bit moves."""
+
+import json
+import signal
+from dataclasses import replace
+
+import pytest
+
+from tests.durability.faults import AtStep, kill
+from tests.durability.small import METHODS, small
+from tools.chaos import KILLS_A_RUN, chaos, differing, end_of, start, tiny_recipe, train_to_its_end, wait
+
+ONE_PROCESS = [("dense", 1, 3), ("dance", 1, 3)]
+TWO_PROCESSES = [pytest.param("dense", 2, 2, marks=pytest.mark.ddp), pytest.param("dance", 2, 2, marks=pytest.mark.ddp)]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.mark.parametrize(("name", "ranks", "kills"), [*ONE_PROCESS, *TWO_PROCESSES])
+def test_every_killed_run_ends_as_the_undisturbed_one(name, ranks, kills, cache, tmp_path):
+    recipe = tiny_recipe(f"recipes/shapes_{name}.yaml", [f"trainer.devices={ranks}"], cache=cache)
+    outcome = chaos(recipe, tmp_path, kills, seed=ranks)
+    assert (outcome.kills, outcome.identical, outcome.differences) == (kills, kills, [])
+
+
+def from_the_start_of_the_epoch():
+    """Without the place in the epoch: what Lightning alone would do."""
+    import datamodules.base as base
+
+    base._position = lambda trainer: (trainer.current_epoch, 0)
+
+
+def test_without_the_place_in_the_epoch_a_killed_run_ends_otherwise(cache, tmp_path):
+    recipe = replace(tiny_recipe("recipes/shapes_dense.yaml", [], cache=cache), name="run")
+    train_to_its_end(recipe, tmp_path / "whole")
+    assert wait(start(recipe, tmp_path / "killed", AtStep(2, kill))) == [-signal.SIGKILL]
+    train_to_its_end(recipe, tmp_path / "killed", from_the_start_of_the_epoch)
+    assert "state_dict" in differing(end_of(tmp_path / "whole/run"), end_of(tmp_path / "killed/run"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [1, 4, 8])
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_that_is_killed_in_a_step_ends_as_the_undisturbed_one(method, step, cache, tmp_path):
+    """The network is cut twice where it is cut: once before step 4, once before step 8."""
+    recipe = small(method, "name=run", cache=cache)
+    train_to_its_end(recipe, tmp_path / "whole")
+    assert wait(start(recipe, tmp_path / "killed", AtStep(step, kill))) in ([-signal.SIGKILL], [0])  # ema has few steps
+    train_to_its_end(recipe, tmp_path / "killed")
+    assert not differing(end_of(tmp_path / "whole/run"), end_of(tmp_path / "killed/run"))
+
+
+@pytest.mark.slow
+def test_the_tool_counts_kills_and_writes_its_result(tmp_path, monkeypatch):
+    import sys
+
+    from tools import chaos as module
+
+    root = __import__("pathlib").Path(__file__).parent.parent.parent
+    monkeypatch.chdir(tmp_path)
+    kills = KILLS_A_RUN + 1
+    monkeypatch.setattr(sys, "argv", ["chaos", str(root / "recipes/shapes_dense.yaml"), "--kills", str(kills)])
+    assert module.main() == 0
+    ratios = json.loads((tmp_path / "runs/bench/chaos.json").read_text())["ratios"]
+    assert ratios["identical"]["median"] == ratios["kills"]["median"] == kills
