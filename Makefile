@@ -10,7 +10,7 @@ ARGS ?=
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n auto --maxprocesses 8 --doctest-modules dance_seg datamodules tests
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo adaptive distill four-rows test test-all check format goldens train clean
+.PHONY: help setup demo adaptive distill four-rows test test-all chaos check format goldens train clean
 
 help:  ## list the targets
 	@grep -hE '^[a-zA-Z_%-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-22s %s\n", $$1, $$2}'
@@ -42,6 +42,9 @@ test: setup  ## the tests, one representative of each family (under 15 minutes o
 test-all: setup  ## every test, the whole matrix included (under 75 minutes on 2 cores)
 	$(PYTEST)
 
+chaos: setup  ## kill trainings 100 times each, dense and DANCE, in one process and in two; all must end alike (20 minutes)
+	$(RUN) -m tools.chaos recipes/shapes_dense.yaml recipes/shapes_dance.yaml --processes 1 2 --kills 100 $(ARGS)
+
 check: setup  ## format, lint, types and import rules
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
@@ -61,7 +64,7 @@ train: setup  ## train RECIPE=recipes/... with ARGS="key=value ..."
 train-%: setup  ## train recipes/%.yaml, such as make train-camvid_data_slimming ARGS="data.args.root=DIR"
 	$(RUN) -m tools.train recipes/$*.yaml $(ARGS)
 
-bench-%: setup  ## measure a benchmark: pipeline, complexity, evaluator, epoch, slimming, adaptive, export, startup or distill
+bench-%: setup  ## measure a benchmark: pipeline, complexity, evaluator, epoch, slimming, adaptive, export, startup, distill or durability
 	$(RUN) -m tools.bench.$* $(ARGS)
 
 four-rows: setup  ## dense, data, network, both and their controls on CamVid: ROOT=DIR ARGS="--seeds 0 1 key=value ..." (hours)
