@@ -77,6 +77,16 @@ class BackgroundWriter:
         while self._jobs:
             self._await_first()
 
+    def close(self) -> None:
+        """Wait like `finish`, and let go of thread and memory; a later save begins anew."""
+        try:
+            self.finish()
+        finally:
+            if self._thread is not None and not self._jobs:
+                self._thread.shutdown()
+                self._thread = None
+            self._copies = [Copy(), Copy()] if not self._jobs else self._copies
+
     def _await_first(self) -> None:
         job, path, _ = self._jobs[0]
         wait([job], timeout=self.patience_seconds)

@@ -35,5 +35,5 @@ class AtomicCheckpointIO(CheckpointIO):
         Path(path).unlink(missing_ok=True)
 
     def teardown(self) -> None:
-        """Bring everything to the disk. Raises CheckpointError."""
-        self.writer.finish()
+        """Bring everything to the disk, and let go of what it took. Raises CheckpointError."""
+        self.writer.close()

@@ -1,6 +1,7 @@
 """Every architecture and encoder of segmentation-models-pytorch, for images of any size."""
 
 import inspect
+import socket
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,9 @@ from torch import Tensor, nn
 from dance_seg.evaluator import full_size
 from dance_seg.normalise import padded_size
 from dance_seg.sample import CoarseLogits
+
+SILENCE_SECONDS = 60.0
+"""How long a server that weights are fetched from may be silent."""
 
 
 class SmpModel(nn.Module):
@@ -118,7 +122,11 @@ def build_network(
     if encoder_weights is not None and encoder_name.startswith("tu-"):
         encoder_weights = True  # which ones is part of a timm encoder's name
     given = {"encoder_name": encoder_name, "encoder_weights": encoder_weights, "classes": num_classes, **options}
+    before = socket.getdefaulttimeout()
     try:
+        if encoder_weights is not None:
+            # Not every library that fetches weights sets a limit of its own, and a server may fall silent.
+            socket.setdefaulttimeout(SILENCE_SECONDS)
         only_size = _only_size(encoder_name)
         if only_size is None or options.keys() & {"dynamic_img_size", "strict_img_size", "img_size"}:
             return make(**given), None
@@ -141,6 +149,8 @@ def build_network(
             reason = error.args[0] if isinstance(error, KeyError) and error.args else error
             raise ValueError(f"model.args: {arch} with encoder {encoder_name} is refused: {reason}") from error
         raise
+    finally:
+        socket.setdefaulttimeout(before)
 
 
 def load_encoder(network: nn.Module, encoder_name: str, path: Path) -> None:

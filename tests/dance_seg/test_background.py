@@ -95,6 +95,17 @@ def test_memory_is_used_again_for_tensors_that_kept_their_shape():
     assert again["other"].shape == (2,)
 
 
+def test_closing_lets_go_of_thread_and_memory_and_a_later_save_begins_anew(tmp_path):
+    writer = BackgroundWriter()
+    for name in ("a", "b"):
+        writer.save({"weight": torch.zeros(3)}, tmp_path / f"{name}.ckpt")
+        (thread,) = writer._thread._threads
+        writer.close()
+        assert not thread.is_alive()
+        assert not any(copy._memory for copy in writer._copies)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 def test_containers_and_parameters_keep_their_kind():
     record = {
         "ordered": OrderedDict(a=torch.ones(1)), "pair": (torch.zeros(1), "x"), "set": {1, 2}, "none": None,

@@ -3,6 +3,8 @@
 import multiprocessing
 import os
 import signal
+import socket
+from urllib.request import urlopen
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from torch.utils.data import DistributedSampler
 
 from dance_seg.build import train
 from dance_seg.metrics_file import read_metrics
+from dance_seg.models.smp import SmpModel
 from dance_seg.stream import follow_stream
 from dance_seg.teachers import build_teacher
 from dance_seg.tracking import GuardedWandbLogger
@@ -125,3 +128,27 @@ def test_a_stream_that_is_killed_goes_on_with_the_same_strides_and_scores(tmp_pa
     assert len(rows_of(tmp_path / "killed")) == 17
     assert run(tmp_path / "killed") == 0
     assert rows_of(tmp_path / "killed") == rows_of(tmp_path / "whole")
+
+
+# Downloads ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def silent_server():
+    """Takes a connection and never says a word."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}/weights"
+
+
+def test_weights_of_a_server_that_falls_silent_are_given_up_in_time(silent_server, monkeypatch):
+    def fetch(*_, **__):
+        with urlopen(silent_server) as answer:  # without a limit of its own, as torch.hub does
+            return answer.read()
+
+    monkeypatch.setattr("dance_seg.models.smp.SILENCE_SECONDS", 0.3)
+    monkeypatch.setattr("segmentation_models_pytorch.encoders.hf_hub_download", fetch)
+    with pytest.raises(ValueError, match=r"the weights of resnet18 could not be fetched .*timed out"):
+        SmpModel(arch="fpn", encoder_name="resnet18", num_classes=3, encoder_weights="imagenet")
+    assert socket.getdefaulttimeout() is None  # which is the control: nobody else's wait has an end
