@@ -48,19 +48,19 @@ class Sign:
 class Heartbeat:
     """Says where this rank is, in a thread, while it is entered; ends a process that has not moved for too long.
 
-    `moved` costs two assignments. After twice `patience_seconds` without one the process says where it stands, with
+    `moved` costs three assignments. After twice `patience_seconds` without one the process says where it stands, with
     the stack of every thread, and ends with LostRankError's status: whatever it waited for has had its own deadline.
     """
 
     def __init__(self, folder: Path, ranks: int, patience_seconds: float, rank: int = 0) -> None:
         self.folder, self.rank, self.ranks, self.patience_seconds = folder / FOLDER, rank, ranks, patience_seconds
         self.step, self.doing = 0, "starting"
-        self._moved_at = time.monotonic()
+        self._still_for = 0.0
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
 
     def __enter__(self) -> "Heartbeat":
-        self._moved_at = time.monotonic()
+        self._still_for = 0.0
         self._thread.start()
         return self
 
@@ -73,8 +73,7 @@ class Heartbeat:
 
     def moved(self, doing: str, step: int) -> None:
         """Say that something was finished and what comes next."""
-        self.doing, self.step = doing, step
-        self._moved_at = time.monotonic()
+        self.doing, self.step, self._still_for = doing, step, 0.0
 
     def explain(self, error: BaseException) -> LostRankError | None:
         """Who is missing, when an error came of waiting for another rank; None for any other error."""
@@ -118,10 +117,13 @@ class Heartbeat:
         return found
 
     def _beat(self) -> None:
-        beat = 0
+        beat, last = 0, time.monotonic()
         while True:
             beat += 1
-            still_for = time.monotonic() - self._moved_at
+            now = time.monotonic()
+            # A process that was stopped (Ctrl-Z) or a machine that slept did not stand still meanwhile.
+            still_for = self._still_for = self._still_for + min(now - last, 5 * BEAT_SECONDS)
+            last = now
             if self.ranks > 1:
                 sign = Sign(self.rank, platform.node(), os.getpid(), beat, self.step, self.doing, round(still_for, 1))
                 with suppress(OSError):  # the disk's failures are for those to tell who save to it

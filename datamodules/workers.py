@@ -33,7 +33,9 @@ class WatchedSource:
         self.source = source
         self.names, self.groups = source.names, source.groups
         # In shared memory, so that what a worker noted can be read when it is dead.
-        self.loading = torch.full((max(1, workers),), -1, dtype=torch.int64).share_memory_()
+        self.loading = torch.full((workers,), -1, dtype=torch.int64)
+        if workers:
+            self.loading.share_memory_()
 
     @property
     def fingerprint(self) -> str:
@@ -130,6 +132,9 @@ class Batches:
         while True:
             try:
                 return next(batches)
+            except DataError as error:
+                # The loader puts the worker's traceback before what was said, which begins with the file.
+                raise DataError(str(error).rpartition("DataError: ")[2].strip()) from error
             except (RuntimeError, OSError, EOFError) as error:
                 waited = time.monotonic() - began
                 is_late = str(error).startswith("DataLoader timed out")

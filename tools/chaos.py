@@ -125,23 +125,20 @@ def chaos(
     the undisturbed run itself fails.
     """
     recipe = replace(recipe, name="run")
-    train_to_its_end(recipe, folder / "undisturbed")
-    whole, took = end_of(folder / "undisturbed/run"), 0.0
     began = time.monotonic()
-    train_to_its_end(recipe, folder / "again", tamper)  # warm caches: how long one takes, and that two are alike
+    train_to_its_end(recipe, folder / "undisturbed")
     took = time.monotonic() - began
-    outcome = Outcome(0, 0, [], differing(whole, end_of(folder / "again/run")) if tamper is None else [])
-    moments = random.Random(seed)
-    number = 0
+    whole, outcome = end_of(folder / "undisturbed/run"), Outcome(0, 0, [], [])
+    moments, number = random.Random(seed), 0
     while outcome.kills < kills:
-        place, number, before = folder / f"killed-{number}", number + 1, outcome.kills
-        left = took
+        place, number, before, left = folder / f"killed-{number}", number + 1, outcome.kills, took
         for _ in range(min(KILLS_A_RUN, kills - outcome.kills)):
-            began = time.monotonic()
-            if not killed(recipe, place, moments.uniform(0, left), moments, tamper):
+            began, moment = time.monotonic(), moments.uniform(0, left)
+            if not killed(recipe, place, moment, moments, tamper):
                 break  # it was faster
             outcome.kills += 1
             outcome.seconds.append(time.monotonic() - began)
+            left = max(took / 4, left - moment / 2)  # a part of that time was spent on starting
         train_to_its_end(recipe, place, tamper)
         found = differing(whole, end_of(place / "run"))
         outcome.differences += found

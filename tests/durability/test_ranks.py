@@ -115,7 +115,7 @@ def test_a_heartbeat_tells_dead_from_still_from_never_there(tmp_path, monkeypatc
         with Heartbeat(tmp_path, ranks=3, patience_seconds=100, rank=2) as third:
             time.sleep(0.3)
             assert mine.missing() == ""
-            other._moved_at -= 50
+            other._still_for += 50
             time.sleep(0.3)
             assert "has stood still for 5" in mine.missing()
             assert "at step 7 (training)" in mine.missing()

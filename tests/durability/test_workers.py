@@ -118,7 +118,7 @@ def test_whatever_a_source_raises_names_the_file(count, data, monkeypatch):
     if not count:
         monkeypatch.setattr("tests.durability.test_workers.get_worker_info", lambda: "here")
     name = module.source("train").names[3]
-    with pytest.raises(DataError, match=rf"{name}: cannot be loaded \(RuntimeError: a decoder's bug\)"):
+    with pytest.raises(DataError, match=rf"^{name}: cannot be loaded \(RuntimeError: a decoder's bug\)$"):
         batches(module.train_dataloader())
 
 
