@@ -73,6 +73,8 @@ def main() -> int:
         raise ValueError("no recipe was named; name one, such as recipes/shapes_dance.yaml")
     from tools.bench.common import spread, write_result
 
+    # What killed processes did not give back is given back for them, and said at length.
+    os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker:UserWarning")
     outcomes: dict[str, Outcome] = {}
     with tempfile.TemporaryDirectory(prefix="dance-seg-chaos-") as place:
         for path in recipes:

