@@ -17,3 +17,7 @@ class LostRankError(OSError):
     """Another process of the run has ended or stands still; the message names it, and where it was."""
 
     status = 69  # EX_UNAVAILABLE of sysexits.h: not the fault of recipe or data; the same command goes on
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be used; the message starts with where it stands, and names the key."""

@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
+MAX_EPOCHS = 1_000_000  # the plan of all of them is made before the first
+
 
 @dataclass(frozen=True, kw_only=True)
 class Optimizer:
@@ -28,6 +30,10 @@ class Optimizer:
             raise ValueError(f"optimizer.weight_decay is {self.weight_decay}: zero or a positive number")
         if not 0 <= self.momentum < 1:
             raise ValueError(f"optimizer.momentum is {self.momentum}: in [0, 1)")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"optimizer.betas is {list(self.betas)}: two numbers in [0, 1), such as [0.9, 0.999]")
+        if not (math.isfinite(self.poly_power) and self.poly_power >= 0):
+            raise ValueError(f"optimizer.poly_power is {self.poly_power}: zero or a positive number, such as 0.9")
         if not 0 <= self.warm_up < 1:
             raise ValueError(f"optimizer.warm_up is {self.warm_up}: a share of training, in [0, 1)")
         if not (math.isfinite(self.encoder_lr) and self.encoder_lr > 0):
@@ -93,6 +99,8 @@ class Training:
                 raise ValueError(f"trainer.{key} is {getattr(self, key)}: at least 1")
         if self.bad_steps < 0:
             raise ValueError(f"trainer.bad_steps is {self.bad_steps}: zero (stop at the first) or more")
+        if self.max_epochs > MAX_EPOCHS:
+            raise ValueError(f"trainer.max_epochs is {self.max_epochs}: at most {MAX_EPOCHS}")
         if not 0 <= self.choose_from < 1:
             raise ValueError(f"trainer.choose_from is {self.choose_from}: a progress in [0, 1)")
         if self.ema is not None and not 0 < self.ema < 1:

@@ -1,30 +1,35 @@
 """A recipe: the options of one run, from one YAML file and the command line. The only file that knows OmegaConf."""
 
+import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
-from omegaconf import MissingMandatoryValue, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import MISSING, MissingMandatoryValue, OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from dance_seg.data_slimming.adaptive import AdaptiveResolution
 from dance_seg.data_slimming.plan import DataSlimming
 from dance_seg.distillation.online import OnlineDistillation
 from dance_seg.early_exit.learning import EarlyExit
+from dance_seg.errors import RecipeError
 from dance_seg.losses import Loss, SoftLabels
 from dance_seg.machine import write_text
 from dance_seg.network_slimming.schedule import NetworkSlimming
 from dance_seg.options import Optimizer, Tracking, Training, plain
 from dance_seg.part import Part
+from dance_seg.plain_yaml import MAX_DEPTH, read_yaml, write_yaml
 
 MAX_BYTES = 1 << 20  # no honest recipe is larger
+MAX_BATCH = 1 << 16  # images
+MAX_NAME = 100  # characters of a run's name, which names a folder
 VIDEO = "video_"
 VIDEOS = ("video_shapes", "video_camvid", "video_file", "video_folder")  # names of `data` for a student that follows
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,50 +56,64 @@ class Recipe:
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe of a YAML file with `section.key=value` overrides applied.
 
-    Raises ValueError for anything that is not a recipe: unknown keys (with the nearest known one), wrong types and
+    Raises RecipeError for anything that is not a recipe: unknown keys (with the nearest known one), wrong types and
     values, contradictions between sections, YAML tags, aliases and interpolation. Nothing of it is ever executed.
     """
     path = Path(path)
-    if not path.is_file():
-        near = sorted(other.name for other in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+    if "\0" in str(path) or not path.is_file():
+        there = "\0" not in str(path) and path.parent.is_dir()
+        near = sorted(other.name for other in path.parent.glob("*.yaml")) if there else []
         close = get_close_matches(path.name, near, n=1)
         hint = f"did you mean {path.parent / close[0]}?" if close else f"found there: {', '.join(near) or 'no recipe'}"
-        raise ValueError(f"{path}: no such recipe; {hint}")
+        raise RecipeError(f"{path}: no such recipe; {hint}")
     if path.stat().st_size > MAX_BYTES:
-        raise ValueError(f"{path}: {path.stat().st_size} bytes is no recipe; the limit is {MAX_BYTES}")
+        raise RecipeError(f"{path}: {path.stat().st_size} bytes is no recipe; the limit is {MAX_BYTES}")
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not a UTF-8 text file ({error.reason} at byte {error.start})") from None
+        raise RecipeError(f"{path}: not a UTF-8 text file ({error.reason} at byte {error.start})") from None
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read: {error.strerror or error}") from None
     return parse_recipe(text, overrides, at=str(path), name=path.stem)
 
 
 def parse_recipe(text: str, overrides: Sequence[str] = (), *, at: str = "recipe", name: str = "run") -> Recipe:
     """The recipe of a YAML text; `at` names it in errors."""
-    _refuse_tricks(text, at)
-    for override in overrides:
-        key, equals, _ = override.partition("=")
-        if not equals or not key.strip():
-            raise ValueError(f"{override!r} is no override; write section.key=value, such as trainer.max_epochs=2")
     try:
-        read = OmegaConf.create(_names_kept(text))
-        written = OmegaConf.from_dotlist([_names_kept(override) for override in overrides])
-        for config in (read, written):
-            _refuse_interpolation(OmegaConf.to_container(config, resolve=False), at)
-        recipe: Recipe = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Recipe), read, written))  # type: ignore[assignment]
+        record = read_yaml(text)
+    except ValueError as error:
+        raise RecipeError(f"{at}: {error}") from None
+    if not isinstance(record, dict):
+        kind = type(record).__name__
+        raise RecipeError(f"{at}: a recipe is a mapping of sections, such as data: and model:, not {kind}")
+    return recipe_from_record(record, overrides, at=at, name=name)
+
+
+def recipe_from_record(
+    record: Mapping[str, Any], overrides: Sequence[str] = (), *, at: str = "recipe", name: str = "run"
+) -> Recipe:
+    """The recipe that `recipe_record` wrote, or any plain data, with overrides; `at` names it in errors.
+
+    Raises RecipeError like `load_recipe`.
+    """
+    if not isinstance(record, dict):
+        raise RecipeError(f"{at}: a recipe is a mapping of sections, not {type(record).__name__}")
+    try:
+        written = [_override(override) for override in overrides]
+        for part in (record, *written):
+            _refuse_tricks(part)
+        merged = OmegaConf.merge(OmegaConf.structured(Recipe), record, *written)
+        recipe: Recipe = OmegaConf.to_object(merged)  # type: ignore[assignment]
+        if not recipe.name:
+            recipe = replace(recipe, name=name)
+        check_recipe(recipe)
     except MissingMandatoryValue as error:
-        raise ValueError(f"{at}: {_first_line(error)}; every recipe names its data and its model") from None
+        raise RecipeError(f"{at}: {_first_line(error)}; every recipe names its data and its model") from None
     except OmegaConfBaseException as error:
         key = f"{error.full_key}: " if getattr(error, "full_key", "") else ""
-        raise ValueError(f"{at}: {key}{_first_line(error)}") from None
-    except ValueError as error:
-        raise ValueError(f"{at}: {error}") from None
-    if not recipe.name:
-        recipe = replace(recipe, name=name)
-    try:
-        check_recipe(recipe)
-    except ValueError as error:
-        raise ValueError(f"{at}: {error}") from None
+        raise RecipeError(f"{at}: {key}{_first_line(error)}{_known_keys(error)}") from None
+    except (ValueError, TypeError, AssertionError) as error:
+        raise RecipeError(f"{at}: {_first_line(error)}") from None
     return recipe
 
 
@@ -102,10 +121,14 @@ def check_recipe(recipe: Recipe) -> None:
     """Refuse sections that contradict one another, before any data or device is touched."""
     if not all(char.isalnum() or char in "-_." for char in recipe.name) or recipe.name.startswith("."):
         raise ValueError(f"name is {recipe.name!r}: letters, digits, '-', '_' and '.', since it names a folder")
+    if len(recipe.name) > MAX_NAME:
+        raise ValueError(f"name has {len(recipe.name)} characters; at most {MAX_NAME}, since it names a folder")
     if recipe.seed < 0:
         raise ValueError(f"seed is {recipe.seed}: zero or more")
     ranks = recipe.trainer.devices * recipe.trainer.num_nodes
     batch_size = recipe.data.args.get("batch_size", 8)
+    if isinstance(batch_size, int) and batch_size > MAX_BATCH:
+        raise ValueError(f"data.args.batch_size is {batch_size}: the images of all devices, at most {MAX_BATCH}")
     if isinstance(batch_size, int) and (batch_size % ranks or batch_size < 2 * ranks):
         raise ValueError(
             f"data.args.batch_size {batch_size} counts the images of all devices: it must divide by trainer.devices x "
@@ -167,14 +190,6 @@ def recipe_record(recipe: Recipe) -> dict[str, Any]:
     return plain(recipe)
 
 
-def recipe_from_record(record: dict[str, Any], overrides: Sequence[str] = (), *, at: str = "recipe") -> Recipe:
-    """The recipe that `recipe_record` wrote, with overrides.
-
-    Raises ValueError like `load_recipe`.
-    """
-    return parse_recipe(yaml.safe_dump(record), overrides, at=at, name=str(record.get("name", "run")))
-
-
 def adaptive_of(record: Mapping[str, Any]) -> AdaptiveResolution | None:
     """The adaptive resolution of a checkpoint's record; None where its recipe infers at full resolution.
 
@@ -197,7 +212,7 @@ def with_execution(recipe: Recipe, execution: Any) -> Recipe:
 
 def save_recipe(recipe: Recipe, path: Path) -> None:
     """Write the resolved recipe as YAML, whole or not at all."""
-    write_text(path, yaml.safe_dump(recipe_record(recipe), sort_keys=False))
+    write_text(path, write_yaml(recipe_record(recipe)))
 
 
 def recipe_differences(first: Recipe, second: Recipe) -> list[str]:
@@ -214,44 +229,66 @@ def recipe_differences(first: Recipe, second: Recipe) -> list[str]:
     return [f"{k}: {one.get(k)} / {two.get(k)}" for k in sorted(one.keys() | two.keys()) if one.get(k) != two.get(k)]
 
 
-def _names_kept(text: str) -> str:
-    """A text of YAML in which a name such as CamVid's drive 0016E5 is not taken for the number 1600000.
+def _override(override: str) -> dict[str, Any]:
+    """What section.key=value says, as a recipe that holds nothing else.
 
-    >>> _names_kept("hold_out=[0016E5, 0006R0]")
-    "hold_out=['0016E5', 0006R0]"
+    >>> _override("data.args.hold_out=[0016E5, 0006R0]")
+    {'data': {'args': {'hold_out': ['0016E5', '0006R0']}}}
     """
-    return re.sub(r"(?<![\w.'\"/-])0\d+[eE]\d+(?![\w.'\"/-])", r"'\g<0>'", text)
+    key, equals, text = override.partition("=")
+    names = [name.strip() for name in key.split(".")]
+    if not equals or not all(names) or len(names) > MAX_DEPTH or set(key) & set("[]{}"):
+        raise ValueError(f"{override[:80]!r} is no override; write section.key=value, such as trainer.max_epochs=2")
+    try:
+        value = read_yaml(text)
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from None
+    for name in reversed(names):
+        value = {name: value}
+    return value
+
+
+def _refuse_tricks(value: Any, key: str = "", depth: int = 0) -> None:
+    """Refuse what OmegaConf would look up elsewhere, what other programs would call, and what no option can be."""
+    if depth > MAX_DEPTH:
+        raise ValueError(f"{key[:80]}: nested too deeply for a recipe")
+    if isinstance(value, dict):
+        for name, item in value.items():
+            here = f"{key}.{name}" if key else str(name)
+            if not isinstance(name, str):
+                raise ValueError(
+                    f"{here}: a key is a name, not {type(name).__name__}; take it out, or put it in quotes"
+                )
+            if name.startswith("_") or "${" in name:
+                raise ValueError(f"{here}: no option has such a name; recipes name no code and interpolate nothing")
+            _refuse_tricks(item, here, depth + 1)
+    elif isinstance(value, list | tuple):
+        for number, item in enumerate(value):
+            _refuse_tricks(item, f"{key}[{number}]", depth + 1)
+    elif isinstance(value, str):
+        if "${" in value:
+            raise ValueError(f"{key} holds '${{'; recipes are literal, nothing is interpolated; write the value out")
+        if value == MISSING:
+            raise ValueError(f"{key} is {MISSING}; write its value, or take the key out for the default")
+        if _CONTROL.search(value):
+            raise ValueError(f"{key} is {value[:80]!r}, which holds characters that cannot be seen; take them out")
+    elif isinstance(value, float):
+        if not math.isfinite(value):
+            raise ValueError(f"{key} is {value}: an option is a finite number; take it out for the default")
+    elif isinstance(value, int):
+        if abs(value) >= 1 << 63:
+            raise ValueError(f"{key} is a number of {value.bit_length()} bits; at most 63 are read")
+    elif value is not None:
+        raise ValueError(f"{key} is a {type(value).__name__}; a recipe holds names, numbers, lists and mappings")
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:500]
 
 
-def _refuse_tricks(text: str, at: str) -> None:
-    """YAML that could expand without bound or name a Python object has no place in a recipe."""
-    try:
-        for event in yaml.parse(text, Loader=yaml.SafeLoader):
-            line = event.start_mark.line + 1 if event.start_mark else 0
-            if isinstance(event, yaml.AliasEvent):
-                raise ValueError(f"{at}:{line}: YAML aliases (*{event.anchor}) are not allowed")
-            tag = getattr(event, "tag", None)
-            if (tag and not tag.startswith("tag:yaml.org,2002:")) or (tag and "python" in tag):
-                raise ValueError(f"{at}:{line}: YAML tags ({tag}) are not allowed")
-        top = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{at}: not valid YAML: {' '.join(str(error).split())}") from None
-    except RecursionError:
-        raise ValueError(f"{at}: nested too deeply for a recipe") from None
-    if not isinstance(top, dict):
-        raise ValueError(f"{at}: a recipe is a mapping of sections, such as data: and model:, not {type(top).__name__}")
-
-
-def _refuse_interpolation(value: Any, at: str, key: str = "") -> None:
-    if isinstance(value, dict):
-        for name, item in value.items():
-            _refuse_interpolation(item, at, f"{key}.{name}" if key else str(name))
-    elif isinstance(value, list):
-        for number, item in enumerate(value):
-            _refuse_interpolation(item, at, f"{key}[{number}]")
-    elif isinstance(value, str) and "${" in value:
-        raise ValueError(f"{at}: {key} holds '${{'; recipes are literal, nothing is interpolated; write the value out")
+def _known_keys(error: OmegaConfBaseException) -> str:
+    """The keys that there are, where an unknown one is like none of them."""
+    section = getattr(error, "object_type", None)
+    if not isinstance(error, ConfigKeyError) or not is_dataclass(section) or "Did you mean" in str(error):
+        return ""
+    return f"; it takes: {', '.join(one.name for one in fields(section))}"

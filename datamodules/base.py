@@ -22,6 +22,7 @@ from dance_seg.randomness import Stream, generator
 from dance_seg.sample import Batch, Sample
 from datamodules.complexity_table import ComplexityTable, complexity_table
 from datamodules.decoded_cache import open_cache
+from datamodules.image_files import MAX_PIXELS
 from datamodules.label_table import LabelTable
 from datamodules.sampler import EpochSummary, SameScaleBatches
 from datamodules.sources import Pair
@@ -354,4 +355,6 @@ def _size(value: Any, key: str) -> tuple[int, int]:
     if not isinstance(value, list | tuple) or len(value) != 2:
         raise ValueError(f"{key} is {value!r}: height and width, such as [352, 480]")
     height, width = (_whole(item, key, 32) for item in value)
+    if height * width > MAX_PIXELS:
+        raise ValueError(f"{key} is {value!r}: {height * width:,} pixels, and images have at most {MAX_PIXELS:,}")
     return height, width

@@ -19,9 +19,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from dance_seg.errors import DataError
+from dance_seg.plain_yaml import read_yaml
 from datamodules.image_files import IMAGE_SUFFIXES, LABEL_SUFFIXES
 from datamodules.label_table import MAX_CLASSES, LabelTable, label_table
 from datamodules.listing import data_root, list_files, read_lines, refuse_outside, some, what_is_there
@@ -128,9 +127,9 @@ def read_classes(path: Path, root: Path) -> LabelTable:
     if refuse_outside(path, root).stat().st_size > _MAX_YAML_BYTES:
         raise DataError(f"{path} is larger than {_MAX_YAML_BYTES:,} bytes")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise DataError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+        content = read_yaml(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, Mapping):
         raise DataError(f"{path} holds {_short(content)}; expected keys, first of all 'classes: [road, car, sky]'")
     for key in content:

@@ -14,9 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from dance_seg.errors import DataError
+from dance_seg.plain_yaml import write_yaml
 from dance_seg.report.runs import MAX_BYTES, Run, number, section
 
 # The file: a header, then blocks; a record is one chunk, or a first, middle ones and a last, each in one block.
@@ -110,7 +109,7 @@ def _read_part(path: Path) -> Run:
     return Run(
         folder=path.parent,
         recipe=recipe,
-        recipe_text=yaml.safe_dump(recipe, sort_keys=False),
+        recipe_text=write_yaml(recipe),
         circumstances=facts,
         rows=[_row(row, facts.get("classes") or ()) for row in rows],
         inference=inference,

@@ -14,10 +14,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
 from dance_seg.errors import DataError
 from dance_seg.metrics_file import read_metrics
+from dance_seg.plain_yaml import read_yaml
 
 MAX_BYTES = 256 << 20  # no file of a run that is read whole is larger
 _PICTURE = re.compile(r"(\d+)_(.*)_image\.png", re.DOTALL)
@@ -373,12 +372,9 @@ def flat(record: Any, prefix: str = "") -> dict[str, Any]:
 def _read_recipe(path: Path) -> tuple[dict[str, Any], str]:
     text = _read_text(path)
     try:
-        # An alias can stand for a tree that has no end when written out; no recipe has one.
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
-            raise DataError(f"{path}: YAML aliases have no place in a recipe")
-        recipe = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError) as error:
-        raise DataError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+        recipe = read_yaml(text)
+    except ValueError as error:
+        raise DataError(f"{path}: {error}") from None
     if not isinstance(recipe, dict):
         raise DataError(f"{path}: a recipe is a mapping of sections, not {type(recipe).__name__}")
     return recipe, text

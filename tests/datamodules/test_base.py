@@ -25,6 +25,7 @@ def shapes(tmp_path, **changes):
     [
         ({"crop": [64]}, "data.args.crop"),
         ({"crop": [64, 10]}, "data.args.crop"),
+        ({"crop": [32768, 32768]}, "data.args.crop"),
         ({"batch_size": 1}, "data.args.batch_size"),
         ({"batch_size": 2.5}, "data.args.batch_size"),
         ({"random_scale": [2.0, 0.5]}, "data.args.random_scale"),

@@ -140,7 +140,9 @@ def test_255_may_be_a_class(tmp_path: Path) -> None:
         ("colors: []", "classes is missing"),
         ("classes: road", "classes is 'road'; expected a list"),
         ("classes: [road]", "2 to 254 names, background among them"),
-        ("classes: [road, yes]", r"classes\[1\] is True; expected a name.*put it in quotes"),
+        ("classes: [road, yes]", r"classes\[1\], line 1: yes means something else.*'yes' where it is a name"),
+        ("classes: [road, true]", r"classes\[1\] is True; expected a name.*put it in quotes"),
+        ("classes: [a, b]\nclasses: [b, a]", "the key classes is given twice"),
         ("classes: [road, 3]", r"classes\[1\] is 3"),
         ("classes: [road, ignore]", r"classes\[1\] is 'ignore'"),
         ("classes: [road, road]", "'road' a second time"),
@@ -158,10 +160,10 @@ def test_255_may_be_a_class(tmp_path: Path) -> None:
         ("classes: [a, b]\nignore: [300]", "ignore is .*0 to 255"),
         ("classes: [a, b]\nignore: [1]", "raw id 1 is both"),
         ("classes: [a, b]\nlabels: {0: a, 1: b}\nignore: [1]", "raw id 1 is both"),
-        ("classes: [a, b", "is not YAML"),
-        ("classes: !!python/object/apply:os.system ['true']", "is not YAML"),
-        ("a: &a [x, x]\nb: &b [*a, *a]\nclasses: [*b, *b]", "no key 'a'"),
-        ("[" * 5000, "is not YAML"),
+        ("classes: [a, b", "not valid YAML"),
+        ("classes: !!python/object/apply:os.system ['true']", "classes, line 1: YAML tags"),
+        ("a: &a [x, x]\nb: &b [*a, *a]\nclasses: [*b, *b]", "a, line 1: YAML aliases"),
+        ("[" * 5000, "nested too deeply"),
     ],
 )
 def test_a_fault_in_classes_yaml_names_key_value_and_choices(tmp_path: Path, text: str, reason: str) -> None:
@@ -175,7 +177,7 @@ def test_a_yaml_whose_aliases_expand_without_end_is_refused_in_a_short_message(t
     lines = [
         "classes: [&x0 [lol, lol]" + "".join(f", &x{i} [{', '.join([f'*x{i - 1}'] * 9)}]" for i in range(1, 30)) + "]"
     ]
-    with pytest.raises(DataError, match=r"classes\[0\] is") as raised:
+    with pytest.raises(DataError, match=r"classes\[0\], line 1: YAML aliases") as raised:
         read_classes(make(tmp_path, yaml="\n".join(lines)) / "classes.yaml", tmp_path)
     assert len(str(raised.value)) < 500
 
@@ -185,7 +187,7 @@ def test_a_missing_binary_or_huge_yaml_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="it names the classes"):
         read_classes(path, tmp_path)
     path.write_bytes(b"\xff\xfe\x00\x80")
-    with pytest.raises(DataError, match="is not YAML"):
+    with pytest.raises(DataError, match="cannot be read as YAML"):
         read_classes(path, tmp_path)
     path.write_text("classes: [a, b] #" + "x" * 1_000_001)
     with pytest.raises(DataError, match="larger than"):
