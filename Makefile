@@ -10,7 +10,7 @@ ARGS ?=
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n auto --maxprocesses 8 --doctest-modules dance_seg datamodules tests
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo adaptive distill four-rows test test-all chaos check format goldens train clean
+.PHONY: help setup demo adaptive distill four-rows test test-all chaos fuzz check format goldens train clean
 
 help:  ## list the targets
 	@grep -hE '^[a-zA-Z_%-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-22s %s\n", $$1, $$2}'
@@ -44,6 +44,9 @@ test-all: setup  ## every test, the whole matrix included (under 75 minutes on 2
 
 chaos: setup  ## kill trainings 100 times each, dense and DANCE, in one process and in two; all must end alike (20 minutes)
 	$(RUN) -m tools.chaos recipes/shapes_dense.yaml recipes/shapes_dance.yaml --processes 1 2 --kills 100 $(ARGS)
+
+fuzz: setup  ## 100,000 hostile inputs for every reader of files: ARGS="--inputs N --seconds S --seed K --readers recipe label"
+	$(RUN) -m tools.fuzz $(ARGS)
 
 check: setup  ## format, lint, types and import rules
 	$(VENV)/bin/ruff format --check .

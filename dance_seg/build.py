@@ -17,6 +17,7 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_info
 from torch import nn
 
 from dance_seg.background import BackgroundWriter
+from dance_seg.allocation import ValuesAtMost
 from dance_seg.callbacks import (
     Checkpoints,
     CostLedger,
@@ -37,6 +38,7 @@ from dance_seg.checkpoint_io import AtomicCheckpointIO
 from dance_seg.ddp import UnevenValidation
 from dance_seg.early_exit.exits import ExitNetwork
 from dance_seg.heartbeat import Heartbeat
+from dance_seg.errors import first_line
 from dance_seg.losses import SoftLabels
 from dance_seg.machine import write_text
 from dance_seg.models import MODELS
@@ -55,16 +57,26 @@ if TYPE_CHECKING:
 LEAST_TAKEN = 0.5
 """The share of a network's weights that a run to start from must have, since less is a mistake and no start."""
 
+LARGEST_NETWORK = 4_000_000_000
+"""Values of a network; what a recipe describes beyond is a slip of the pen, or meant to fill the memory."""
+
+LARGEST_CUT, SMALL_NETWORK = 20, 100_000_000
+"""A network built for a checkpoint may hold so many times the values of its tensors, and so many more."""
+
+MAX_CLASSES = 254
+
 MEASURING_SECONDS = 600
 """How long other ranks wait for rank 0 to prepare the data and measure how to execute a step."""
 
 
-def build_model(recipe: Recipe, num_classes: int) -> nn.Module:
+def build_model(recipe: Recipe, num_classes: int, *, most_values: int = LARGEST_NETWORK) -> nn.Module:
     """The network that a recipe names.
 
-    Raises ValueError for a name or an argument that does not exist.
+    Raises ValueError for a name or an argument that does not exist, and for a network of more than `most_values`,
+    before there is memory for it.
     """
-    return build_part(MODELS, recipe.model, at="model", num_classes=num_classes)
+    with ValuesAtMost(most_values, "model.args: the network"):
+        return build_part(MODELS, recipe.model, at="model", num_classes=num_classes)
 
 
 def build_module(recipe: Recipe, model: nn.Module, datamodule: "SegmentationDataModule") -> SegmentationModule:
@@ -315,13 +327,18 @@ def load_model(path: Path, *, averaged: bool = True) -> tuple[nn.Module, dict[st
 
     checkpoint = load_checkpoint(path)
     record = checkpoint.get("dance_seg")
-    if record is None:
+    if not isinstance(record, dict):
         raise CheckpointError(f"{path}: holds no dance_seg record; give a checkpoint that tools.train wrote")
-    if averaged and "average" in checkpoint:
-        weights = checkpoint["average"]["state_dict"]
-    else:
-        prefix = "model."
-        weights = {k[len(prefix) :]: v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
+    try:
+        if averaged and "average" in checkpoint:
+            weights = checkpoint["average"]["state_dict"]
+        else:
+            prefix = "model."
+            weights = {k[len(prefix) :]: v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
+    except (KeyError, TypeError, AttributeError):
+        raise CheckpointError(
+            f"{path}: holds no weights of a network; give a checkpoint that tools.train wrote"
+        ) from None
     return model_of_record(record, checkpoint.get("structure"), weights, at=str(path)), record
 
 
@@ -335,17 +352,28 @@ def model_of_record(
     """
     from dance_seg.errors import CheckpointError
 
-    recipe = recipe_from_record(record["recipe"], at=f"{at}:recipe")
+    recipe = recipe_from_record(record.get("recipe") or {}, at=f"{at}:recipe")
     if recipe.model.args.get("encoder_weights"):
         # The weights are at hand; nothing is to be fetched.
         recipe = replace(recipe, model=Part(recipe.model.name, {**recipe.model.args, "encoder_weights": None}))
-    model = build_model(recipe, len(record["labels"]["classes"]))
+    classes = (record.get("labels") or {}).get("classes") if isinstance(record.get("labels") or {}, dict) else None
+    if not isinstance(classes, list) or not 1 <= len(classes) <= MAX_CLASSES:
+        raise CheckpointError(f"{at}: does not name its classes; give a file that this project wrote")
+    if not isinstance(weights, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in weights.values()):
+        raise CheckpointError(f"{at}: holds no tensors of a network")
+    try:
+        at_hand = sum(tensor.numel() for tensor in weights.values())
+        model = build_model(recipe, len(classes), most_values=LARGEST_CUT * at_hand + SMALL_NETWORK)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise CheckpointError(f"{at}: its recipe names no network that can be built: {first_line(error)}") from None
     if structure is not None:
+        if not isinstance(structure, dict):
+            raise CheckpointError(f"{at}: structure: is a {type(structure).__name__}")
         restructure(model, structure, at=f"{at}: structure")
     try:
         model.load_state_dict(weights)
-    except RuntimeError as error:
-        why = str(error).splitlines()[1].strip()
+    except (RuntimeError, TypeError, AttributeError) as error:
+        why = next(iter(str(error).splitlines()[1:]), str(error)).strip()[:500]
         raise CheckpointError(f"{at}: its tensors do not fit its recipe: {why}") from None
     return model.eval()
 

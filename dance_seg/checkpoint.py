@@ -12,6 +12,7 @@ import hashlib
 import os
 import re
 import warnings
+import zipfile
 from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from contextlib import suppress
@@ -21,13 +22,15 @@ from typing import IO, Any, cast
 
 import torch
 
-from dance_seg.errors import CheckpointError
+from dance_seg.errors import CheckpointError, first_line
 
 _COMMENT = "dance_seg step={step:012d} sha256={digest}"
 _COMMENT_PATTERN = re.compile(rb"dance_seg step=(\d{12}) sha256=([0-9a-f]{64})")
 _COMMENT_LENGTH = len(_COMMENT.format(step=0, digest="0" * 64))
 _NO_COMMENT = b"\0\0"  # how a zip archive without a comment ends: the comment's length, 16 bits
 _CHUNK = 1 << 22  # bytes hashed at a time
+_MAX_DEPTH, _MAX_BITS = 100, 128  # of nesting and of a whole number: no honest record has as many
+_SLACK = 1 << 20  # bytes by which a tensor may be larger than its file, where it repeats a part of it
 _TEMPORARY = ".partial"  # ending of a file being written; its name begins with a dot
 
 # What torch's weights_only loading gives back, by exact type: a subclass would be pickled as code to import.
@@ -67,7 +70,7 @@ def save_checkpoint(record: dict[str, Any], path: str | Path) -> None:
 
 def check_plain(record: dict[str, Any], path: str | Path) -> None:
     """Raise CheckpointError, naming path and key, when a record holds more than tensors and plain data."""
-    foreign = next(_foreign(record, ""), None)
+    foreign = next(_foreign(record), None)
     if foreign is not None:
         raise CheckpointError(
             f"{path}: not saved: {foreign}, which could not be loaded without running its code; save plain data"
@@ -82,7 +85,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     try:
         with open(path, "rb") as file:
-            _verify(file, path)
+            size = _verify(file, path)
+            _refuse_packed(file, path, size)
             file.seek(0)
             record = torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -98,9 +102,12 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
             f"{path}: is refused: it holds {what}, which could run code; only plain data is loaded"
         ) from error
     except Exception as error:  # torch raises many kinds here
-        raise CheckpointError(f"{path}: is refused: {str(error).splitlines()[0]}") from error
+        raise CheckpointError(f"{path}: is refused: {first_line(error)}") from error
     if not isinstance(record, dict):
         raise CheckpointError(f"{path}: holds a {type(record).__name__}, not a checkpoint's record")
+    strange = next(_foreign(record, size + _SLACK), None)
+    if strange is not None:
+        raise CheckpointError(f"{path}: is refused: {strange}; a checkpoint holds plain data")
     return record
 
 
@@ -186,8 +193,8 @@ def _close_with_comment(file: IO[bytes], archive_hash: Any, step: int) -> None:
     file.write(len(comment).to_bytes(2, "little") + comment)
 
 
-def _verify(file: IO[bytes], path: Path) -> None:
-    """Raise CheckpointError unless the whole file is as it was written."""
+def _verify(file: IO[bytes], path: Path) -> int:
+    """The bytes of the archive. Raises CheckpointError unless the whole file is as it was written."""
     step, digest, length = _read_comment(file, path)
     file.seek(0)
     archive_hash, left = hashlib.sha256(), length
@@ -202,6 +209,21 @@ def _verify(file: IO[bytes], path: Path) -> None:
         raise CheckpointError(
             f"{path}: is damaged: its SHA-256 is not the one it was written with; use an older checkpoint"
         )
+    return length
+
+
+def _refuse_packed(file: IO[bytes], path: Path, size: int) -> None:
+    """Refuse an archive whose parts are larger than itself: torch would unpack 800 MB out of 800 KB.
+
+    A digest does not tell who wrote it. torch packs nothing, so that each part is as large as it says.
+    """
+    try:
+        with zipfile.ZipFile(file) as archive:
+            parts = archive.infolist()
+    except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+        raise CheckpointError(f"{path}: is no archive that can be read: {error}") from None
+    if any(part.compress_type != zipfile.ZIP_STORED for part in parts) or sum(part.file_size for part in parts) > size:
+        raise CheckpointError(f"{path}: is refused: its parts are packed, which torch never does; it could be a bomb")
 
 
 def _read_comment(file: IO[bytes], path: Path) -> tuple[int, str, int]:
@@ -238,20 +260,36 @@ def _step(record: dict[str, Any]) -> int:
     return step if isinstance(step, int) and 0 <= step < 10**12 else 0
 
 
-def _foreign(value: Any, at: str) -> Iterator[str]:
-    """The places in a record that hold something else than tensors and plain data."""
-    kind = type(value)
-    if kind in _PLAIN:
-        return
-    if kind in (dict, OrderedDict, Counter):
-        for key, item in value.items():
-            yield from _foreign(key, f"{at}, the key {key!r}," if at else f"the key {key!r}")
-            yield from _foreign(item, f"{at}.{key}" if at else str(key))
-    elif kind in (list, tuple, set):
-        for number, item in enumerate(value):
-            yield from _foreign(item, f"{at}[{number}]")
-    else:
-        yield f"{at or 'the record'} is a {kind.__module__}.{kind.__qualname__}".replace("builtins.", "")
+def _foreign(record: Any, most_bytes: int | None = None) -> Iterator[str]:
+    """The places in a record that hold something else than tensors and plain data, or tensors above `most_bytes`.
+
+    What is met again is not looked at again: a few lines of pickle can say more by that than fits any memory.
+    """
+    waiting, seen = [(record, "", 0)], set[int]()
+    while waiting:
+        value, at, depth = waiting.pop()
+        kind = type(value)
+        if kind is int and value.bit_length() > _MAX_BITS:
+            yield f"{at} is a number of {value.bit_length()} bits"
+        elif kind in (torch.Tensor, torch.nn.Parameter) and most_bytes is not None:
+            if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized:
+                yield f"{at} is a tensor {value.layout} on {value.device}"
+            elif value.numel() * value.element_size() > most_bytes:
+                yield f"{at} is a tensor {tuple(value.shape)}, larger than the file"
+        if kind in _PLAIN or id(value) in seen:
+            continue
+        seen.add(id(value))
+        if depth > _MAX_DEPTH:
+            yield f"{at[:80]}... is nested too deeply"
+        elif kind in (dict, OrderedDict, Counter):
+            for key, item in reversed(value.items()):
+                waiting.append((item, f"{at}.{key}" if at else str(key), depth + 1))
+                waiting.append((key, f"{at}, the key {key!r}," if at else f"the key {key!r}", depth + 1))
+        elif kind in (list, tuple, set):
+            for number, item in reversed(list(enumerate(value))):
+                waiting.append((item, f"{at}[{number}]", depth + 1))
+        else:
+            yield f"{at or 'the record'} is a {kind.__module__}.{kind.__qualname__}".replace("builtins.", "")
 
 
 def _flush_folder(folder: Path) -> None:

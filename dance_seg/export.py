@@ -21,13 +21,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dance_seg.errors import CheckpointError, DataError
+from dance_seg.errors import CheckpointError, DataError, first_line
 from dance_seg.evaluator import labels_from_logits
 from dance_seg.file_metadata import (
     PREFIX,
     Sizes,
     file_metadata,
-    first_line,
     read_metadata,
     read_value,
     sizes_of,
@@ -78,10 +77,10 @@ class OnnxFile:
         providers = [provider for provider in wanted if provider in runtime.get_available_providers()]
         try:
             self._session = runtime.InferenceSession(str(path), options, providers=providers)
+            self.provider = self._session.get_providers()[0]
+            metadata = self._session.get_modelmeta().custom_metadata_map
         except Exception as error:  # onnxruntime raises many kinds here
             raise DataError(f"{self.path}: no ONNX file that can be run: {first_line(error)}") from None
-        self.provider = self._session.get_providers()[0]
-        metadata = self._session.get_modelmeta().custom_metadata_map
         self.record, self.sizes, self.structure = read_metadata(metadata, self.path)
 
     def logits(self, images_NCHW: np.ndarray) -> np.ndarray:

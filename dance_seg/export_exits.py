@@ -29,14 +29,15 @@ from torch import Tensor, nn
 
 from dance_seg.early_exit.exits import ExitNetwork, State, Walk, changed
 from dance_seg.early_exit.policy import Decided, ExitPolicy, decide, refuse_training
-from dance_seg.errors import DataError
+from dance_seg.errors import DataError, first_line
 from dance_seg.evaluator import labels_of
 from dance_seg.export import AGREEMENT, Agreement, drawn_images
-from dance_seg.file_metadata import PREFIX, file_metadata, first_line, read_metadata, read_value, sizes_of
+from dance_seg.file_metadata import PREFIX, file_metadata, read_metadata, read_value, sizes_of
 from dance_seg.models.smp import pad_to
 from dance_seg.network_slimming.structure import structure_hash
 from dance_seg.normalise import normalise
 from dance_seg.onnx_tools import LARGEST, OPSET, library, quiet, with_open_pooling
+from dance_seg.plain_data import parse_json
 from dance_seg.sample import CoarseLogits
 
 CONTENTS = "stages.json"
@@ -346,19 +347,23 @@ class _Opened(NamedTuple):
 def _opened(content: bytes, path: Path, open_session: Callable[[bytes], Any]) -> _Opened:
     try:
         session = open_session(content)
+        metadata = session.get_modelmeta().custom_metadata_map
+        both = (session.get_inputs(), session.get_outputs())
+        takes, gives = (tuple(value.name for value in values) for values in both)
     except Exception as error:  # onnxruntime raises many kinds here
         raise DataError(f"{path}: no ONNX file that can be run: {first_line(error)}") from None
-    own = read_value(session.get_modelmeta().custom_metadata_map, "exit", path)
-    takes, gives = (tuple(value.name for value in values) for values in (session.get_inputs(), session.get_outputs()))
-    return _Opened(path, session, takes, gives, bool(own["align_corners"]))
+    own = read_value(metadata, "exit", path)
+    if not isinstance(own, dict) or not isinstance(own.get("align_corners"), bool):
+        raise DataError(f"{path}: its metadata does not say how its logits are resized; export it again from its run")
+    return _Opened(path, session, takes, gives, own["align_corners"])
 
 
 def _contents(folder: Path, named: Path) -> Iterator[tuple[str, bytes]]:
     """The names of a folder's files and what is in them, from the first stage on; all of one export."""
     again = "python -m tools.export RUN writes them anew"
     try:
-        hashes = json.loads((folder / CONTENTS).read_text())["sha256"]
-        if not hashes or list(hashes) != [_name(exit) for exit in range(len(hashes))]:
+        hashes = parse_json((folder / CONTENTS).read_bytes())["sha256"]
+        if not isinstance(hashes, dict) or not hashes or list(hashes) != [_name(exit) for exit in range(len(hashes))]:
             raise ValueError
     except OSError:
         raise DataError(f"{named / CONTENTS}: cannot be read; it says which stages belong together; {again}") from None

@@ -17,6 +17,7 @@ from torch import nn
 from dance_seg.errors import DataError
 from dance_seg.network_slimming.structure import structure_hash
 from dance_seg.normalise import MEAN, STD, padded_size
+from dance_seg.plain_data import parse_json
 
 VERSION = 2  # of the metadata below
 PREFIX = "dance_seg."
@@ -115,11 +116,6 @@ def read_metadata(metadata: Mapping[str, str], path: Path) -> tuple[dict[str, An
 def read_value(metadata: Mapping[str, str], key: str, path: Path) -> Any:
     """A value of the metadata. Raises DataError, beginning with the path, when it is missing or no JSON."""
     try:
-        return json.loads(metadata[PREFIX + key])
+        return parse_json(metadata[PREFIX + key])
     except (KeyError, ValueError):
         raise DataError(f"{path}: its metadata is damaged ({PREFIX}{key}); export it again from its run") from None
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says in one line."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

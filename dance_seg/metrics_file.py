@@ -15,6 +15,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
+from dance_seg.errors import DataError, first_line
+from dance_seg.plain_data import parse_json
+
 _RESERVED = ("step", "time", "resumed_at", "not_finite")
 
 
@@ -77,20 +80,21 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
     Rows past the step from which a run was resumed are left out when they came before it, and of rows with one step and
     the same metrics the last one counts. An unfinished last line is left out. Raises OSError when there is no such
-    file and ValueError, with path and line, for one that is no metrics.jsonl.
+    file and DataError, with path and line, for one that is no metrics.jsonl.
     """
     path = Path(path)
     *lines, _unfinished = path.read_bytes().split(b"\n")
     rows: dict[tuple[int, frozenset[str]], dict[str, Any]] = {}
     for number, line in enumerate(lines, start=1):
         try:
-            row = json.loads(line)
+            row = parse_json(line)
             if "resumed_at" in row:
                 rows = {key: kept for key, kept in rows.items() if kept["step"] <= row["resumed_at"]}
             else:
                 rows[int(row["step"]), frozenset(row) - {"not_finite"}] = row
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{path}:{number}: not a line of metrics ({type(error).__name__}: {error})") from None
+        except (ValueError, TypeError, KeyError, OverflowError) as error:
+            why = f"{type(error).__name__}: {first_line(error)}"
+            raise DataError(f"{path}:{number}: not a line of metrics ({why})") from None
     return list(rows.values())
 
 

@@ -16,13 +16,13 @@ from dance_seg.data_slimming.adaptive import AdaptiveResolution
 from dance_seg.data_slimming.plan import DataSlimming
 from dance_seg.distillation.online import OnlineDistillation
 from dance_seg.early_exit.learning import EarlyExit
-from dance_seg.errors import RecipeError
+from dance_seg.errors import RecipeError, first_line
 from dance_seg.losses import Loss, SoftLabels
 from dance_seg.machine import write_text
 from dance_seg.network_slimming.schedule import NetworkSlimming
 from dance_seg.options import Optimizer, Tracking, Training, plain
 from dance_seg.part import Part
-from dance_seg.plain_yaml import MAX_DEPTH, read_yaml, write_yaml
+from dance_seg.plain_data import MAX_DEPTH, parse_yaml, write_yaml
 
 MAX_BYTES = 1 << 20  # no honest recipe is larger
 MAX_BATCH = 1 << 16  # images
@@ -80,7 +80,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 def parse_recipe(text: str, overrides: Sequence[str] = (), *, at: str = "recipe", name: str = "run") -> Recipe:
     """The recipe of a YAML text; `at` names it in errors."""
     try:
-        record = read_yaml(text)
+        record = parse_yaml(text)
     except ValueError as error:
         raise RecipeError(f"{at}: {error}") from None
     if not isinstance(record, dict):
@@ -108,12 +108,12 @@ def recipe_from_record(
             recipe = replace(recipe, name=name)
         check_recipe(recipe)
     except MissingMandatoryValue as error:
-        raise RecipeError(f"{at}: {_first_line(error)}; every recipe names its data and its model") from None
+        raise RecipeError(f"{at}: {first_line(error)}; every recipe names its data and its model") from None
     except OmegaConfBaseException as error:
         key = f"{error.full_key}: " if getattr(error, "full_key", "") else ""
-        raise RecipeError(f"{at}: {key}{_first_line(error)}{_known_keys(error)}") from None
+        raise RecipeError(f"{at}: {key}{first_line(error)}{_known_keys(error)}") from None
     except (ValueError, TypeError, AssertionError) as error:
-        raise RecipeError(f"{at}: {_first_line(error)}") from None
+        raise RecipeError(f"{at}: {first_line(error)}") from None
     return recipe
 
 
@@ -240,7 +240,7 @@ def _override(override: str) -> dict[str, Any]:
     if not equals or not all(names) or len(names) > MAX_DEPTH or set(key) & set("[]{}"):
         raise ValueError(f"{override[:80]!r} is no override; write section.key=value, such as trainer.max_epochs=2")
     try:
-        value = read_yaml(text)
+        value = parse_yaml(text)
     except ValueError as error:
         raise ValueError(f"{key}: {error}") from None
     for name in reversed(names):
@@ -280,10 +280,6 @@ def _refuse_tricks(value: Any, key: str = "", depth: int = 0) -> None:
             raise ValueError(f"{key} is a number of {value.bit_length()} bits; at most 63 are read")
     elif value is not None:
         raise ValueError(f"{key} is a {type(value).__name__}; a recipe holds names, numbers, lists and mappings")
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:500]
 
 
 def _known_keys(error: OmegaConfBaseException) -> str:

@@ -3,7 +3,6 @@
 Both are loggers for a Lightning Trainer. Only the first rank writes. metrics.jsonl itself is `dance_seg.metrics_file`.
 """
 
-import json
 import netrc
 import os
 import re
@@ -20,6 +19,7 @@ from pytorch_lightning.loggers.logger import DummyExperiment, Logger, rank_zero_
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 from dance_seg.metrics_file import MetricsFile, read_metrics
+from dance_seg.plain_data import parse_json
 
 __all__ = [
     "GuardedWandbLogger",
@@ -262,7 +262,7 @@ class GuardedWandbLogger(Logger):
     def _note_inference(self, logger: Any) -> None:
         """What one forward pass costs belongs to the run, not to a step."""
         path = self.folder / "cost.json"
-        costs = json.loads(path.read_text()) if path.is_file() else {}
+        costs = parse_json(path.read_bytes()) if path.is_file() else {}
         if costs.get("inference"):
             logger.experiment.summary.update({"inference": without_secrets(costs["inference"])})
 

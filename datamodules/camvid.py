@@ -6,7 +6,7 @@ comparable. The val split is one clip of 6.7 seconds out of a training drive: ch
 
 from pathlib import Path
 
-from dance_seg.errors import DataError
+from dance_seg.errors import DataError, short
 from datamodules.image_files import IMAGE_SUFFIXES
 from datamodules.label_table import LabelTable, label_table
 from datamodules.listing import data_root, inside, read_lines, refuse_outside, some, what_is_there
@@ -77,7 +77,7 @@ def _file(root: Path, listed: str, said_by: Path) -> Path:
     """The file of a list's entry: only folder/name counts, since the lists carry another machine's prefix."""
     parts = listed.replace("\\", "/").split("/")
     if ".." in parts or len(parts) < 2:
-        raise DataError(f"{said_by}: {listed!r} leads out of {root}; expected a path that ends in folder/name")
+        raise DataError(f"{said_by}: {short(listed)} leads out of {root}; expected a path that ends in folder/name")
     found = inside(root, "/".join(parts[-2:]), said_by)
     if found.exists():
         return found

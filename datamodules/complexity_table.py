@@ -19,7 +19,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from dance_seg.data_slimming.complexity import SHORT_SIDE, VERSION, check_measure, classes_in, complexity
-from dance_seg.sample import Sample
+from dance_seg.plain_data import parse_json
+from dance_seg.sample import IGNORE, Sample
 from datamodules.sources import in_order, with_progress
 
 _log = logging.getLogger(__name__)
@@ -133,7 +134,7 @@ def _score(
 
 
 def _as_mask(classes: Sequence[Sequence[int] | np.ndarray]) -> np.ndarray:
-    present = np.zeros((len(classes), 1 + max((int(found[-1]) for found in classes if len(found)), default=-1)), bool)
+    present = np.zeros((len(classes), 1 + max((int(max(found)) for found in classes if len(found)), default=-1)), bool)
     for row, found in zip(present, classes, strict=True):
         row[np.asarray(found, np.int64)] = True
     return present
@@ -175,19 +176,25 @@ def _write(path: Path, table: ComplexityTable, options: dict[str, Any]) -> None:
 def _read(path: Path, fingerprint: str, names: tuple[str, ...], measure: str) -> ComplexityTable | None:
     """The table at `path`; None where there is none, or where it is not to be trusted."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_bytes())
         checksum = content.pop("sha256")
         if checksum != _checksum(content):
             raise ValueError("its checksum is wrong")
         if content["fingerprint"] != fingerprint or tuple(content["names"]) != names:
             raise ValueError("it belongs to other images")
         values = np.array(content["values"], dtype=np.float64)
-        classes = content["classes"]
+        classes = [np.array(found, dtype=np.int64) for found in content["classes"]]
+        seconds_decoding, seconds_scoring = (float(content[f"seconds_{what}"]) for what in ("decoding", "scoring"))
         if values.shape != (len(names),) or len(classes) != len(names):
             raise ValueError(f"it has {len(values)} values for {len(names)} images")
+        if not np.isfinite([*values, seconds_decoding, seconds_scoring]).all():
+            raise ValueError("a number of it is not finite")
+        # A number that is no class would be a column for each number below it.
+        if any(found.ndim != 1 or (len(found) and not 0 <= found.min() <= found.max() < IGNORE) for found in classes):
+            raise ValueError("it names classes that cannot be")
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         _log.warning("the complexity table %s is not used: %s; the images are scored again", path, error)
         return None
     return ComplexityTable(
@@ -196,7 +203,7 @@ def _read(path: Path, fingerprint: str, names: tuple[str, ...], measure: str) ->
         classes_present=_as_mask(classes),
         measure=measure,
         fingerprint=fingerprint,
-        seconds_decoding=float(content["seconds_decoding"]),
-        seconds_scoring=float(content["seconds_scoring"]),
+        seconds_decoding=seconds_decoding,
+        seconds_scoring=seconds_scoring,
         from_cache=True,
     )

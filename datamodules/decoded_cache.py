@@ -13,6 +13,7 @@ never wrong pixels and never the run.
 """
 
 import hashlib
+import io
 import json
 import logging
 import mmap
@@ -29,6 +30,7 @@ from uuid import uuid4
 
 import numpy as np
 
+from dance_seg.plain_data import parse_json
 from dance_seg.sample import Sample
 from datamodules.sources import in_order, with_progress
 
@@ -189,7 +191,7 @@ def open_cache(
 
 def _read_header(place: Path) -> dict[str, Any] | None:
     try:
-        header = json.loads((place / "store.json").read_text())
+        header = parse_json((place / "store.json").read_bytes())
         return header if isinstance(header, dict) else None
     except (OSError, ValueError):
         return None
@@ -218,16 +220,33 @@ def _read_store(place: Path, source: Source, *, say: bool = False) -> Store | No
         index_bytes = (place / "index.npy").read_bytes()
         if zlib.crc32(index_bytes) != header.get("index_crc32"):
             raise ValueError("the checksum of index.npy is wrong")
-        index = np.load(place / "index.npy", allow_pickle=False)
+        index = _index_of(index_bytes, len(source))
         num_bytes = (place / "samples.bin").stat().st_size
-        if index.shape != (len(source), 4) or num_bytes != header.get("bytes"):
+        if num_bytes != header.get("bytes"):
             raise ValueError(f"samples.bin has {num_bytes} bytes, not {header.get('bytes')}")
+        for start, height, width, _ in index[index[:, 0] != _ABSENT].tolist():
+            if start < 0 or height < 1 or width < 1 or start + 4 * height * width > num_bytes:
+                raise ValueError("a sample of it lies beyond the end of samples.bin")
         samples = np.memmap(place / "samples.bin", np.uint8, mode="r") if num_bytes else np.empty(0, np.uint8)
         return Store(np.asarray(samples), index)
     except (OSError, ValueError) as error:
         if say:
             _log.warning("%s: the store of decoded images is damaged and is built anew: %s", place, error)
         return None
+
+
+def _index_of(data: bytes, count: int) -> np.ndarray:
+    """The index of `count` samples. Its header is compared and not read: NumPy's reader raises many kinds of errors."""
+    beginning = _index_bytes(np.zeros((count, 4), np.int64))[: -32 * count]
+    if len(data) != len(beginning) + 32 * count or not data.startswith(beginning):
+        raise ValueError(f"index.npy is no index of {count} samples")
+    return np.frombuffer(data, np.int64, offset=len(beginning)).reshape(count, 4)
+
+
+def _index_bytes(index: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, index)
+    return buffer.getvalue()
 
 
 # Build ------------------------------------------------------------------------------------------------------------
@@ -240,7 +259,8 @@ def _build(place: Path, source: Source, budget: int, progress: bool, beat: "_Bea
     try:
         unfinished.mkdir()
         index, num_bytes = _write_samples(unfinished / "samples.bin", source, budget, progress, beat)
-        np.save(unfinished / "index.npy", index)
+        index_bytes = _index_bytes(index)
+        (unfinished / "index.npy").write_bytes(index_bytes)
         num_stored = int((index[:, 0] != _ABSENT).sum())
         header = {
             "version": VERSION,
@@ -248,7 +268,7 @@ def _build(place: Path, source: Source, budget: int, progress: bool, beat: "_Bea
             "bytes": num_bytes,
             "budget": budget,
             "complete": num_stored == len(source),
-            "index_crc32": zlib.crc32((unfinished / "index.npy").read_bytes()),
+            "index_crc32": zlib.crc32(index_bytes),
         }
         # Pixels need no fsync: what a power cut loses, each sample's checksum finds.
         (unfinished / "store.json").write_text(json.dumps(header))

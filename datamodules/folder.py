@@ -13,14 +13,13 @@
 Folders below are searched too, and are the images' groups for `hold_out`.
 """
 
-import reprlib
 from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from dance_seg.errors import DataError
-from dance_seg.plain_yaml import read_yaml
+from dance_seg.errors import DataError, short
+from dance_seg.plain_data import parse_yaml
 from datamodules.image_files import IMAGE_SUFFIXES, LABEL_SUFFIXES
 from datamodules.label_table import MAX_CLASSES, LabelTable, label_table
 from datamodules.listing import data_root, list_files, read_lines, refuse_outside, some, what_is_there
@@ -101,13 +100,13 @@ def _listed(root: Path, part: str, pairs: list[Pair]) -> list[Pair]:
     listed: dict[str, Pair] = {}
     for number, line in read_lines(refuse_outside(path, root)):
         name = line.replace("\\", "/").removeprefix("images/")
-        first = name.split()[0]  # lines may go on with the mask
+        first = name.split()[0] if name.split() else name  # lines may go on with the mask
         tried = (name, name.rpartition(".")[0], first, first.rpartition(".")[0])
         pair = next((by_name[attempt] for attempt in tried if attempt in by_name), None)
         if pair is None:
             close = get_close_matches(name, by_name, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise DataError(f"{path}, line {number}: images/ has no {name!r}{hint}")
+            raise DataError(f"{path}, line {number}: images/ has no {short(name)}{hint}")
         listed[pair.name] = pair
     if not listed:
         raise DataError(f"{path} lists no images")
@@ -127,7 +126,7 @@ def read_classes(path: Path, root: Path) -> LabelTable:
     if refuse_outside(path, root).stat().st_size > _MAX_YAML_BYTES:
         raise DataError(f"{path} is larger than {_MAX_YAML_BYTES:,} bytes")
     try:
-        content = read_yaml(path.read_text(encoding="utf-8-sig"))
+        content = parse_yaml(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, Mapping):
@@ -200,5 +199,4 @@ def _is_byte(value: Any) -> bool:
 
 
 def _short(value: Any) -> str:
-    """A value in an error message; a file of a few lines can hold aliases that print as gigabytes."""
-    return reprlib.repr(value) if value is not None else "missing"
+    return short(value) if value is not None else "missing"

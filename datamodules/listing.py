@@ -9,7 +9,10 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from dance_seg.errors import DataError
+from dance_seg.errors import DataError, short
+
+MAX_NAME, MAX_PARTS = 255, 64  # bytes of the name of a file, and folders above it, as file systems have them
+MAX_LIST_BYTES = 256 << 20  # of a list file; a million lines have a quarter
 
 
 def data_root(root: str | Path, layout: str) -> Path:
@@ -30,8 +33,10 @@ def inside(root: Path, relative: str, said_by: Path) -> Path:
     Raises DataError when it would lead out of the root: by `..`, as an absolute path, through a link or by NUL.
     """
     parts = relative.replace("\\", "/").split("/")
+    if any(len(part.encode(errors="surrogatepass")) > MAX_NAME for part in parts) or len(parts) > MAX_PARTS:
+        raise DataError(f"{said_by}: {short(relative)} is no name of a file: it is too long")
     if "\0" in relative or ".." in parts or parts[0] == "" or ":" in parts[0]:
-        raise DataError(f"{said_by}: {relative!r} leads out of {root}; name files relative to that folder")
+        raise DataError(f"{said_by}: {short(relative)} leads out of {root}; name files relative to that folder")
     return refuse_outside(root.joinpath(*parts), root)
 
 
@@ -98,7 +103,11 @@ def read_lines(path: Path) -> list[tuple[int, str]]:
     Raises DataError when the file cannot be read as text.
     """
     try:
+        if path.stat().st_size > MAX_LIST_BYTES:
+            raise DataError(f"{path} has {path.stat().st_size:,} bytes; a list of files has {MAX_LIST_BYTES:,} at most")
         text = path.read_text(encoding="utf-8-sig")
+    except DataError:
+        raise
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
     except ValueError:

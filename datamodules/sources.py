@@ -15,6 +15,7 @@ from typing import Literal, NamedTuple, TypeVar
 import numpy as np
 
 from dance_seg.errors import DataError
+from dance_seg.plain_data import parse_json
 from dance_seg.sample import IGNORE, Sample
 from datamodules.image_files import exif_orientation, image_size, read_image, read_label
 from datamodules.label_table import LabelTable
@@ -286,7 +287,7 @@ def _audit_once(pairs: Sequence[Pair], label_table: LabelTable, folder: Path | N
         return audit(pairs, label_table, progress=progress)
     kept = Path(folder) / "audits" / f"{fingerprint(pairs, label_table)[:32]}.json"
     try:
-        record = json.loads(kept.read_text())
+        record = parse_json(kept.read_bytes())
         if record["version"] == _AUDIT_VERSION:
             return [BadFile(Path(path), str(reason)) for path, reason in record["bad"]]
     except (OSError, ValueError, KeyError, TypeError):

@@ -166,6 +166,10 @@ class VideoFile(LabelledVideo):
             if not container.streams.video:
                 raise DataError(f"{self.shown_as} holds no picture, only {len(container.streams)} other streams")
             stream = container.streams.video[0]
+            if stream.codec_context is None:
+                raise DataError(
+                    f"{self.shown_as}: its frames are of a kind that FFmpeg cannot decode, or it is damaged"
+                )
             height, width = stream.codec_context.height, stream.codec_context.width
             if height < 1 or width < 1:
                 raise DataError(

@@ -5,9 +5,8 @@ indices are the train ids and whose colours the data set's, and NAME_overlay.png
 names; for NAME.mp4, NAME_overlay.mp4. A file that cannot be used is named and left out, and the exit status is 1.
 """
 
-import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -141,17 +140,16 @@ def label_film(work: Work, predictor: "Predictor", opacity: float, *, masks: boo
 
     from dance_seg.errors import DataError
     from dance_seg.predict import label_video, palette_picture
+    from datamodules.video_file import VideoFile
 
-    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # what it complains of is said by us
-    capture = cv2.VideoCapture(str(work.source))
-    promised = int(capture.get(cv2.CAP_PROP_FRAME_COUNT)) if capture.isOpened() else 0
-    rate = capture.get(cv2.CAP_PROP_FPS)
+    # Not cv2.VideoCapture: a film can be a list that names other files, and OpenCV would open them.
+    film = VideoFile(str(work.source))
+    promised, rate = film.num_frames or 0, film.frames_per_second
     work.target.parent.mkdir(parents=True, exist_ok=True)
     whole, partial = Path(f"{work.target}_overlay.mp4"), work.target.with_name(f".{work.target.name}.partial.mp4")
     writer, number = None, 0
-    progress = tqdm(
-        frames_of(capture), total=max(promised, 0) or None, desc=work.source.name, unit="frame", leave=False
-    )
+    frames = (frame.image for frame in film.frames())
+    progress = tqdm(frames, total=promised or None, desc=work.source.name, unit="frame", leave=False)
     try:
         for labels, shown in label_video(progress, predictor, opacity):
             if writer is None:
@@ -173,7 +171,6 @@ def label_film(work: Work, predictor: "Predictor", opacity: float, *, masks: boo
         writer.release()
         partial.replace(whole)
     finally:
-        capture.release()
         if writer is not None:
             writer.release()
         partial.unlink(missing_ok=True)
@@ -183,17 +180,6 @@ def label_film(work: Work, predictor: "Predictor", opacity: float, *, masks: boo
             "there"
         )
     return number
-
-
-def frames_of(capture: "object") -> Iterator["np.ndarray"]:
-    """The frames of an open film, RGB uint8 (H, W, 3)."""
-    import cv2
-
-    while True:
-        there, frame = capture.read()  # type: ignore[attr-defined]
-        if not there:
-            return
-        yield cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
 
 
 def write_picture(path: Path, picture: "np.ndarray") -> None:

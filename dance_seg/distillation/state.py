@@ -14,6 +14,7 @@ from dance_seg.batch_norm import set_bn_online
 from dance_seg.distillation.accuracy import foreground_of
 from dance_seg.distillation.options import OnlineDistillation
 from dance_seg.distillation.teacher import Teaching
+from dance_seg.errors import first_line
 from dance_seg.options import plain
 
 ENCODER = ("encoder", "stem")
@@ -101,7 +102,7 @@ class StreamState:
             self.student.load_state_dict(record["student"])
             self.optimizer.load_state_dict(copy.deepcopy(record["optimizer"]))  # which would keep the record's tensors
         except (RuntimeError, ValueError) as error:
-            raise ValueError(f"the saved state is of another student: {str(error).splitlines()[0]}") from error
+            raise ValueError(f"the saved state is of another student: {first_line(error)}") from error
         for name in _COUNTERS:
             setattr(self, name, record[name])
         self.size = tuple(record["size"]) if record["size"] else None

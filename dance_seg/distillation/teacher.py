@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dance_seg.cost.macs import count_macs
-from dance_seg.errors import DataError
+from dance_seg.errors import DataError, first_line
 from dance_seg.evaluator import labels_from_logits
 from dance_seg.inference import WHOLE, predict
 from dance_seg.inference import Protocol as Views
@@ -21,6 +21,7 @@ from dance_seg.normalise import downsampled, downsampled_size, normalise
 from dance_seg.randomness import generator
 from dance_seg.sample import IGNORE, Frame
 
+MAX_PIXELS = 100_000_000  # of a mask, as its header says
 _NOISE = 0x7EAC  # counter of an oracle's random numbers, which no Stream of dance_seg.randomness has
 
 
@@ -312,7 +313,7 @@ class HuggingFaceTeacher:
             self.processor = AutoImageProcessor.from_pretrained(str(folder), **only_local)
             model = AutoModelForSemanticSegmentation.from_pretrained(str(folder), use_safetensors=True, **only_local)
         except (OSError, ValueError) as error:
-            raise DataError(f"{folder}: cannot be loaded: {str(error).splitlines()[0]}") from error
+            raise DataError(f"{folder}: cannot be loaded: {first_line(error)}") from error
         self.classes, self.device = tuple(classes), _device(device)
         self.model = model.to(self.device).eval()
         theirs = [model.config.id2label[index] for index in range(len(model.config.id2label))]
@@ -370,11 +371,18 @@ def _read_mask(path: Path) -> np.ndarray:
     from PIL import Image
 
     try:
-        with Image.open(path) as picture:
+        with Image.open(path, formats=("PNG",)) as picture:
+            if picture.width * picture.height > MAX_PIXELS:
+                size = f"{picture.height} x {picture.width}"
+                raise DataError(f"{path}: claims {size} pixels; a mask has {MAX_PIXELS:,} at most")
             if picture.mode not in ("L", "P"):
                 raise DataError(f"{path}: is a picture of mode {picture.mode}; a mask holds one class index per pixel")
             return np.array(picture)
-    except (OSError, SyntaxError) as error:  # Pillow's complaint about a broken PNG is a SyntaxError
+    except (
+        OSError,
+        SyntaxError,
+        Image.DecompressionBombError,
+    ) as error:  # Pillow's complaint about a broken PNG is a SyntaxError
         raise DataError(f"{path}: cannot be read: {error}") from error
 
 
@@ -387,7 +395,7 @@ def _load_weights(model: nn.Module, path: Path) -> None:
             f"{path}: no such file; fetch maskrcnn_resnet50_fpn_coco-bf2d0c1e.pth from download.pytorch.org/models once"
         ) from None
     except Exception as error:  # torch raises many kinds here
-        raise DataError(f"{path}: is no state dict of maskrcnn_resnet50_fpn: {str(error).splitlines()[0]}") from error
+        raise DataError(f"{path}: is no state dict of maskrcnn_resnet50_fpn: {first_line(error)}") from error
 
 
 def _index(classes: Sequence[str], name: str | None, key: str) -> int | None:

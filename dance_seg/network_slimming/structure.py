@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from dance_seg.errors import CheckpointError
+from dance_seg.errors import CheckpointError, cut_off, short
 from dance_seg.network_slimming.branches import Absent, put_absent
 from dance_seg.network_slimming.surgery import fit_attributes, shrink
 
@@ -68,16 +68,20 @@ def _checked(
     modules = dict(model.named_modules())
     for path in absent:
         if not path or path not in modules:
-            raise CheckpointError(f"{at}: the branch {path} is absent in it and unknown to this network")
+            raise CheckpointError(f"{at}: the branch {cut_off(path)} is absent in it and unknown to this network")
     full = {name: tensor.shape for name, tensor in model.state_dict().items()}
     for name, shape in shapes.items():
         if name not in full:
-            raise CheckpointError(f"{at}: {name} is no tensor of this network; the checkpoint is of another model")
+            raise CheckpointError(
+                f"{at}: {cut_off(name)} is no tensor of this network; the checkpoint is of another model"
+            )
         fits = isinstance(shape, list) and len(shape) == len(full[name])
         if not fits or any(
             not isinstance(n, int) or not 0 < n <= most for n, most in zip(shape, full[name], strict=True)
         ):
-            raise CheckpointError(f"{at}: {name} of shape {shape} is no part of this network's {list(full[name])}")
+            raise CheckpointError(
+                f"{at}: {name} of shape {cut_off(shape)} is no part of this network's {list(full[name])}"
+            )
     present = {name for name in full if not any(name.startswith(f"{path}.") for path in absent)}
     if present != shapes.keys():
         differing = ", ".join(sorted(present ^ shapes.keys())[:5])
@@ -86,7 +90,9 @@ def _checked(
     for path, count in (groups or {}).items():
         most = convolutions[path].groups if path in convolutions else 0
         if not isinstance(count, int) or not 0 < count <= most:
-            raise CheckpointError(f"{at}: {path} in {count} groups is no part of this network, where it has {most}")
+            raise CheckpointError(
+                f"{at}: {cut_off(path)} in {cut_off(count)} groups is no part of this network, where it has {most}"
+            )
     branches = {path: _absent(values, f"{at}: absent.{path}") for path, values in absent.items()}
     return shapes, groups, branches
 
@@ -100,4 +106,4 @@ def _absent(values: Any, at: str) -> Absent:
             raise ValueError
         return Absent(int(channels), factors, sides)
     except (TypeError, ValueError, IndexError):
-        raise CheckpointError(f"{at}: {values!r} describes no absent branch") from None
+        raise CheckpointError(f"{at}: {short(values)} describes no absent branch") from None

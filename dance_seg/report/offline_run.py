@@ -6,7 +6,6 @@ The file is a log in LevelDB's format with a header of its own. Each record is a
 matter here the field numbers are below, and those of a protobuf message never change their meaning. Values are JSON.
 """
 
-import json
 import struct
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,8 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dance_seg.errors import DataError
-from dance_seg.plain_yaml import write_yaml
+from dance_seg.errors import DataError, first_line
+from dance_seg.plain_data import parse_json, write_yaml
 from dance_seg.report.runs import MAX_BYTES, Run, number, section
 
 # The file: a header, then blocks; a record is one chunk, or a first, middle ones and a last, each in one block.
@@ -98,10 +97,12 @@ def _read_part(path: Path) -> Run:
                             facts |= {"run_id": text} if field == RUN_ID else {}
                 elif kind == ENVIRONMENT:
                     facts |= _environment(body)
-    except (ValueError, IndexError, RecursionError, UnicodeDecodeError) as error:
+    except (ValueError, IndexError, RecursionError, TypeError, AttributeError) as error:
         if isinstance(error, DataError):
             raise
-        raise DataError(f"{path}: not a run of Weights & Biases that can be read ({error}); {ADVICE}") from None
+        raise DataError(
+            f"{path}: not a run of Weights & Biases that can be read ({first_line(error)}); {ADVICE}"
+        ) from None
     recipe = {key: value for key, value in config.items() if key not in ("_wandb", "run")}
     facts = {**facts, **section(config, "run")}
     inference = section(summary, "inference")
@@ -162,7 +163,7 @@ def _items(body: bytes) -> dict[str, Any]:
             if inner in (ITEM_KEY, ITEM_NESTED_KEY):
                 keys.append(content.decode())
             elif inner == ITEM_JSON:
-                value = json.loads(content)
+                value = parse_json(content)
         place = found
         for key in keys[:-1]:
             place = place.setdefault(key, {}) if isinstance(place.get(key, {}), dict) else {}

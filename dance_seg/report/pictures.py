@@ -102,7 +102,7 @@ def fitted(make: Callable[[int], T], budget: int, size: Callable[[T], int], widt
 
 def _opened(path: Path) -> Image.Image:
     try:
-        picture = Image.open(path)
+        picture = Image.open(path, formats=("PNG",))
         if picture.width * picture.height > MAX_PIXELS:
             raise DataError(f"{path}: {picture.width} x {picture.height} pixels is no picture of a run")
         picture.load()

@@ -5,7 +5,6 @@ image_losses.json, pictures/. All but the recipe may still be missing. Figures k
 logged, such as cost/train_gmacs.
 """
 
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -16,7 +15,7 @@ from typing import Any, NamedTuple
 
 from dance_seg.errors import DataError
 from dance_seg.metrics_file import read_metrics
-from dance_seg.plain_yaml import read_yaml
+from dance_seg.plain_data import parse_json, parse_yaml
 
 MAX_BYTES = 256 << 20  # no file of a run that is read whole is larger
 _PICTURE = re.compile(r"(\d+)_(.*)_image\.png", re.DOTALL)
@@ -195,7 +194,7 @@ class Run:
     @property
     def max_epochs(self) -> int:
         """The epochs of the whole training, complete or not."""
-        return int(number(section(self.recipe, "trainer").get("max_epochs")) or 1)
+        return max(1, int(number(section(self.recipe, "trainer").get("max_epochs")) or 1))
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -372,7 +371,7 @@ def flat(record: Any, prefix: str = "") -> dict[str, Any]:
 def _read_recipe(path: Path) -> tuple[dict[str, Any], str]:
     text = _read_text(path)
     try:
-        recipe = read_yaml(text)
+        recipe = parse_yaml(text)
     except ValueError as error:
         raise DataError(f"{path}: {error}") from None
     if not isinstance(recipe, dict):
@@ -385,8 +384,8 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        record = json.loads(_read_text(path))
-    except (json.JSONDecodeError, RecursionError) as error:
+        record = parse_json(_read_text(path))
+    except ValueError as error:
         raise DataError(f"{path}: not valid JSON ({error}); move it away to go on without it") from None
     if not isinstance(record, dict):
         raise DataError(f"{path}: holds {type(record).__name__}, not an object; move it away to go on without it")

@@ -25,8 +25,9 @@ import torch
 from torch import Tensor, nn
 
 from dance_seg.cost.latency import device_name, evaluating, images_for, measure, measure_latency, synchronise
-from dance_seg.errors import DataError
+from dance_seg.errors import DataError, cut_off, first_line
 from dance_seg.machine import processor, write_text
+from dance_seg.plain_data import parse_json
 from dance_seg.supernet.space import SearchSpace
 
 PERCENTILE = 25
@@ -77,9 +78,13 @@ class LatencyTable:
     def refuse_elsewhere(self, space: SearchSpace, conditions: Conditions) -> None:
         """Raise ValueError, saying what differs, unless the table is of this space and these conditions."""
         if self.space != space.fingerprint:
-            raise ValueError(f"the latency table is of another search space, {self.space}; measure one of this space")
+            raise ValueError(
+                f"the latency table is of another search space, {cut_off(self.space)}; measure one of this space"
+            )
         there, here = asdict(self.conditions), asdict(conditions)
-        differs = [f"{name} was {there[name]} and is {here[name]}" for name in there if there[name] != here[name]]
+        differs = [
+            f"{name} was {cut_off(there[name])} and is {here[name]}" for name in there if there[name] != here[name]
+        ]
         if differs:
             raise ValueError(f"the latency table was measured elsewhere: {'; '.join(differs)}; measure one here")
 
@@ -251,7 +256,7 @@ def save_table(table: LatencyTable, path: Path) -> Path:
 def load_table(path: Path, space: SearchSpace, conditions: Conditions) -> LatencyTable:
     """Read a table. Raises DataError, naming the file, when it is none, or not of this space, machine and input."""
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = parse_json(path.read_bytes())
         there = record["conditions"]
         table = LatencyTable(
             str(record["space"]),
@@ -262,7 +267,7 @@ def load_table(path: Path, space: SearchSpace, conditions: Conditions) -> Latenc
         if not all(math.isfinite(one) and one >= 0 for one in (*table.parts.values(), table.factor)):
             raise ValueError("a time in it is no number")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path}: is no latency table ({error}); measure one") from None
+        raise DataError(f"{path}: is no latency table ({first_line(error)}); measure one") from None
     try:
         table.refuse_elsewhere(space, conditions)
     except ValueError as error:

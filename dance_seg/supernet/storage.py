@@ -19,7 +19,7 @@ from pathlib import Path
 from threading import Event, Thread
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dance_seg.errors import DataError
+from dance_seg.errors import DataError, first_line, short
 from dance_seg.supernet.space import SearchSpace, Subnet
 
 if TYPE_CHECKING:
@@ -88,7 +88,11 @@ class Store:
 
     def closed(self, generation: int) -> int | None:
         """How many candidates were proposed in a generation; None when nobody has yet."""
-        return self.storage.get_study_user_attrs(self.study).get(f"generation {generation}")
+        with self._reading():
+            num = self.storage.get_study_user_attrs(self.study).get(f"generation {generation}")
+            if num is not None and not isinstance(num, int):
+                raise TypeError(f"generation {generation} has {short(num)} candidates")
+            return num
 
     def close(self, generation: int, num: int) -> None:
         """Write how many candidates a generation has.
@@ -176,6 +180,10 @@ class Store:
 
     def _living(self, generation: int) -> dict[int, "FrozenTrial"]:
         """For each index that is being judged or was: the trial that counts, which is the first."""
+        with self._reading():
+            return self._read_living(generation)
+
+    def _read_living(self, generation: int) -> dict[int, "FrozenTrial"]:
         from optuna.trial import TrialState
 
         trials = self.storage.get_all_trials(self.study, deepcopy=False)
@@ -200,7 +208,20 @@ class Store:
         said, value = trial.user_attrs, trial.value
         assert value is not None
         subnet = self.space.subnet(said["subnet"])
+        if not all(isinstance(number, int | float) and math.isfinite(number) for number in (said["cost"], value)):
+            raise TypeError(f"a cost of {short(said['cost'])} and a score of {short(value)}")
         return Candidate(said["generation"], said["index"], subnet, said["cost"], value, said.get("details", {}))
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """What Optuna says of a journal whose lines make no sense comes in many kinds of errors."""
+        try:
+            yield
+        except DataError:
+            raise
+        except (ValueError, LookupError, TypeError, AttributeError, AssertionError, RecursionError) as error:
+            why = f"{type(error).__name__}: {first_line(error)}"
+            raise DataError(f"{self}: cannot be read as the storage of a search ({why}); name another file") from None
 
     def _is_abandoned(self, trial: "FrozenTrial") -> bool:
         """Whether nobody judges a trial any more that says it runs."""
@@ -252,25 +273,28 @@ class Store:
         """The study of this search, written now or before."""
         import optuna
 
-        names = [study.study_name for study in self.storage.get_all_studies()]
+        with self._reading():
+            names = [study.study_name for study in self.storage.get_all_studies()]
         others = [name for name in names if name != STUDY]
         if others:
-            raise DataError(f"{self}: holds {', '.join(others)}, which is no search of ours; name another file")
+            raise DataError(f"{self}: holds {', '.join(others)[:80]}, which is no search of ours; name another file")
         if not names:
             sampler = optuna.samplers.RandomSampler()  # never asked
             optuna.create_study(
                 study_name=STUDY, storage=self.storage, sampler=sampler, direction="maximize", load_if_exists=True
             )
-        study = self.storage.get_study_id_from_name(STUDY)
-        if "search" not in self.storage.get_study_user_attrs(study):
-            self.storage.set_study_user_attr(study, "search", self.identity)
+        with self._reading():
+            study = self.storage.get_study_id_from_name(STUDY)
+            if "search" not in self.storage.get_study_user_attrs(study):
+                self.storage.set_study_user_attr(study, "search", self.identity)
         self.study = study
         self._check_identity()
         return study
 
     def _check_identity(self) -> None:
         """Refuse the file of another search; a search that began at the same moment may have written it."""
-        there = self.storage.get_study_user_attrs(self.study).get("search")
+        with self._reading():
+            there = self.storage.get_study_user_attrs(self.study).get("search")
         if there == self.identity:
             return
         raise DataError(
@@ -294,9 +318,11 @@ class Store:
 def differences(there: Any, here: Mapping[str, Any]) -> str:
     """What differs between two records, for people."""
     if not isinstance(there, Mapping):
-        return f"it says {there!r}"
-    keys = [key for key in {**there, **here} if there.get(key) != here.get(key)]
-    return "; ".join(f"{key} is {there.get(key)!r} there and {here.get(key)!r} here" for key in keys)
+        return f"it says {short(there)}"
+    keys = [key for key in {**there, **here} if there.get(key) != here.get(key)][:10]
+    return "; ".join(
+        f"{str(key)[:80]} is {short(there.get(key))} there and {short(here.get(key))} here" for key in keys
+    )
 
 
 def in_memory() -> "BaseStorage":
@@ -327,8 +353,9 @@ def open_journal(path: Path) -> "BaseStorage":
     refuse_foreign(path)
     try:
         return JournalStorage(JournalFileBackend(str(path), lock_obj=MendingLock(str(path))))
-    except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
-        raise DataError(f"{path}: cannot be read as the storage of a search ({error}); name another file") from None
+    except (ValueError, LookupError, TypeError, AttributeError, AssertionError, RecursionError) as error:
+        why = f"{type(error).__name__}: {first_line(error)}"
+        raise DataError(f"{path}: cannot be read as the storage of a search ({why}); name another file") from None
 
 
 def refuse_foreign(path: Path) -> None:

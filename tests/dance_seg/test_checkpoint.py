@@ -2,14 +2,17 @@
 
 import ast
 import errno
+import hashlib
 import os
 import pickle
 import random
 import resource
 import signal
+import socket
 import sys
 import time
 import tracemalloc
+import zipfile
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -189,13 +192,75 @@ def test_code_in_a_checkpoint_does_not_run_even_where_its_digest_is_right(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     marker, path = tmp_path / "marker", tmp_path / "a.ckpt"
-    monkeypatch.setattr(checkpoint, "_foreign", lambda value, at: iter(()))  # as an attacker's own program would
+    monkeypatch.setattr(
+        checkpoint, "_foreign", lambda record, most_bytes=None: iter(())
+    )  # as an attacker's own program would
     save_checkpoint({"state_dict": WritesAFile(marker)}, path)
     with pytest.raises(CheckpointError, match=r"is refused: it holds .*system, which could run code"):
         load_checkpoint(path)
     assert not marker.exists()
     pickle.loads(pickle.dumps(WritesAFile(marker)))
     assert marker.exists()  # the payload would have worked
+
+
+def forged(path: Path, record: dict[str, Any], *, packed: bool = False, sizes: int | None = None) -> Path:
+    """A checkpoint as somebody else would write it: torch's archive, its parts changed, and a right digest."""
+    torch.save(record, path.with_suffix(".torch"))
+    kind = zipfile.ZIP_DEFLATED if packed else zipfile.ZIP_STORED
+    with zipfile.ZipFile(path.with_suffix(".torch")) as there, zipfile.ZipFile(path, "w", kind) as made:
+        for name in there.namelist():
+            made.writestr(name, bytes(sizes) if sizes and name.endswith("data/0") else there.read(name))
+    data = path.read_bytes()
+    with open(path, "r+b") as file:
+        checkpoint._close_with_comment(file, hashlib.sha256(data), 0)
+    return path
+
+
+def test_a_bomb_is_refused_before_it_is_unpacked(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file has 0.1 MB, and 100 MB unpacked."""
+    bomb = forged(path, {"a": torch.zeros(25_000_000)}, packed=True)
+    assert bomb.stat().st_size < 200_000
+    with pytest.raises(CheckpointError, match="its parts are packed"):
+        load_checkpoint(bomb)
+    monkeypatch.setattr(checkpoint, "_refuse_packed", lambda *_: None)
+    monkeypatch.setattr(checkpoint, "_foreign", lambda record, most_bytes=None: iter(()))
+    assert len(load_checkpoint(bomb)["a"]) == 25_000_000  # the guard was what stood in the way
+
+
+def test_parts_that_lie_on_one_another_are_refused(path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"record size|packed"):
+        load_checkpoint(forged(path, {"a": torch.zeros(1000)}, sizes=100))
+
+
+def test_a_tensor_that_says_it_is_larger_than_the_file_is_refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stride of 0 repeats one value for ever; whoever copies it fills the memory."""
+    huge = forged(path, {"state": {"a": torch.zeros(1).expand(10**12)}})
+    with pytest.raises(CheckpointError, match=r"state\.a is a tensor \(1000000000000,\), larger than the file"):
+        load_checkpoint(huge)
+    monkeypatch.setattr(checkpoint, "_foreign", lambda record, most_bytes=None: iter(()))
+    assert load_checkpoint(huge)["state"]["a"].shape == (10**12,)
+
+
+def test_a_record_that_says_more_than_fits_any_memory_is_refused_or_read_at_once(path: Path) -> None:
+    """Sixty lists of twice the one before: a few hundred bytes, and 2**60 values when written out."""
+    doubled: list[Any] = [1]
+    for _ in range(60):
+        doubled = [doubled, doubled]
+    assert load_checkpoint(forged(path, {"a": doubled}))["a"][0] is not None
+    deep: list[Any] = []
+    for _ in range(120):
+        deep = [deep]
+    for strange in (deep, torch.zeros(2, 2).to_sparse(), torch.empty(10**12, device="meta"), 1 << 5000):
+        with pytest.raises(CheckpointError, match=r"is refused: "):
+            load_checkpoint(forged(path, {"a": strange}))
+
+
+def test_an_address_is_no_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lightning loads what an address holds without the guard of weights_only; here nothing is asked."""
+    monkeypatch.setattr(socket, "socket", lambda *_: pytest.fail("asked the network"))
+    for address in ("http://127.0.0.1:9/a.ckpt", "https://example.invalid/a.ckpt", "s3://bucket/a.ckpt"):
+        with pytest.raises(CheckpointError, match="no such checkpoint"):
+            load_checkpoint(address)
 
 
 def test_no_line_of_the_project_asks_torch_to_run_code() -> None:

@@ -109,7 +109,7 @@ def test_a_film_that_is_none_is_named(
 ) -> None:
     (tmp_path / "fake.mp4").write_text("no film")
     assert predict(monkeypatch, run, tmp_path / "fake.mp4", "--out", tmp_path / "out") == 1
-    assert f"{tmp_path / 'fake.mp4'}: no film that can be read" in capsys.readouterr().err
+    assert f"{tmp_path / 'fake.mp4'} is no video that can be read" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["legend.png"]
 
 

@@ -51,8 +51,8 @@ def machine() -> dict[str, Any]:
     }
 
 
-def memory(key: Literal["VmRSS", "VmHWM", "RssAnon"]) -> int:
-    """Bytes of memory this process holds (VmRSS), held at most (VmHWM) or has of its own (RssAnon); on Linux."""
+def memory(key: Literal["VmRSS", "VmHWM", "RssAnon", "VmSize"]) -> int:
+    """Bytes that are held (VmRSS), were at most (VmHWM), are of no file (RssAnon) or reserved (VmSize); on Linux."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:"))
 

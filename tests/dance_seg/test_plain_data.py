@@ -5,8 +5,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dance_seg import plain_yaml
-from dance_seg.plain_yaml import read_yaml, write_yaml
+from dance_seg import plain_data
+from dance_seg.plain_data import parse_yaml, write_yaml
 
 WORDS = [
     "on",
@@ -40,7 +40,7 @@ PLAIN = st.recursive(
 @settings(max_examples=150, derandomize=True, deadline=None, database=None)
 @given(PLAIN)
 def test_plain_data_comes_back_as_it_was(value):
-    assert read_yaml(write_yaml(value)) == value
+    assert parse_yaml(write_yaml(value)) == value
 
 
 @pytest.mark.parametrize(
@@ -66,16 +66,16 @@ def test_plain_data_comes_back_as_it_was(value):
 )
 def test_all_else_is_refused_shortly(text, said):
     with pytest.raises(ValueError, match=said) as raised:
-        read_yaml(text)
+        parse_yaml(text)
     assert len(str(raised.value)) < 500
 
 
 def test_pyyaml_alone_would_have_taken_them(monkeypatch):
     """What stands here would be read as something else, or grow without end, if the reader did not look."""
-    monkeypatch.setattr(plain_yaml, "_Reader", yaml.SafeLoader)
-    assert read_yaml("a: 010\nb: on\nc: 1:30\nd: 1e-3") == {"a": 8, "b": True, "c": 90, "d": "1e-3"}
-    assert read_yaml("a: 1\na: 2") == {"a": 2}
+    monkeypatch.setattr(plain_data, "_Reader", yaml.SafeLoader)
+    assert parse_yaml("a: 010\nb: on\nc: 1:30\nd: 1e-3") == {"a": 8, "b": True, "c": 90, "d": "1e-3"}
+    assert parse_yaml("a: 1\na: 2") == {"a": 2}
     bomb = "".join(
         f"{c}: &{c} [{'lol' if c == 'a' else f'*{p}, *{p}'}]\n" for p, c in zip("0abcdefg", "abcdefgh", strict=True)
     )
-    assert str(read_yaml(bomb)).count("lol") == 255
+    assert str(parse_yaml(bomb)).count("lol") == 255

@@ -1,10 +1,11 @@
-"""YAML that holds plain data and nothing else: what recipes, run folders and classes.yaml are read by.
+"""YAML and JSON that hold plain data and nothing else: what recipes, run folders and classes.yaml are read by.
 
 A file may be somebody else's. Aliases (which can expand without bound), tags (which can name Python objects), endless
 nesting and keys given twice are refused. So are words that YAML reads as something else than they look like: `on` and
 `no` are truth values to it, 010 is eight and 1:30 is ninety. 1e-3 is a number here, and CamVid's drive 0016E5 a name.
 """
 
+import json
 import re
 from typing import Any
 
@@ -95,14 +96,14 @@ class _Writer(yaml.SafeDumper):
         return True
 
 
-def read_yaml(text: str) -> Any:
+def parse_yaml(text: str) -> Any:
     """The plain data of a YAML text: dicts with names or whole numbers as keys, lists, texts, numbers, truth, None.
 
     Raises ValueError, with the key and the line, for anything else.
 
-    >>> read_yaml("lr: 1e-3\\nhold_out: [0016E5, 0.1]\\nflip: true")
+    >>> parse_yaml("lr: 1e-3\\nhold_out: [0016E5, 0.1]\\nflip: true")
     {'lr': 0.001, 'hold_out': ['0016E5', 0.1], 'flip': True}
-    >>> read_yaml("seed: 010")
+    >>> parse_yaml("seed: 010")
     Traceback (most recent call last):
     ValueError: seed, line 1: 010 means something else to YAML than it looks like; write decimal digits, or '010' \
 where it is a name
@@ -120,9 +121,24 @@ where it is a name
 
 
 def write_yaml(value: Any) -> str:
-    """Plain data as YAML that `read_yaml` reads back as it was; keys stay in their order.
+    """Plain data as YAML that `parse_yaml` reads back as it was; keys stay in their order.
 
-    >>> read_yaml(write_yaml({"group": "1e-3", "tags": ["on", "010"]}))
+    >>> parse_yaml(write_yaml({"group": "1e-3", "tags": ["on", "010"]}))
     {'group': '1e-3', 'tags': ['on', '010']}
     """
     return yaml.dump(value, Dumper=_Writer, sort_keys=False)
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The plain data of a JSON text.
+
+    Raises ValueError for anything else, also for what is nested without end.
+
+    >>> parse_json("[" * 100_000)
+    Traceback (most recent call last):
+    ValueError: nested too deeply to be read
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply to be read") from None
