@@ -1,6 +1,7 @@
 """A recipe: the options of one run, from one YAML file and the command line. The only file that knows OmegaConf."""
 
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
@@ -18,7 +19,7 @@ from dance_seg.distillation.online import OnlineDistillation
 from dance_seg.early_exit.learning import EarlyExit
 from dance_seg.errors import RecipeError, first_line
 from dance_seg.losses import Loss, SoftLabels
-from dance_seg.machine import write_text
+from dance_seg.machine import secrets, write_text
 from dance_seg.network_slimming.schedule import NetworkSlimming
 from dance_seg.options import Optimizer, Tracking, Training, plain
 from dance_seg.part import Part
@@ -26,9 +27,11 @@ from dance_seg.plain_data import MAX_DEPTH, parse_yaml, write_yaml
 
 MAX_BYTES = 1 << 20  # no honest recipe is larger
 MAX_BATCH = 1 << 16  # images
+MIN_SECRET = 16  # characters from which the value of an environment variable is no chance agreement
 MAX_NAME = 100  # characters of a run's name, which names a folder
 VIDEO = "video_"
 VIDEOS = ("video_shapes", "video_camvid", "video_file", "video_folder")  # names of `data` for a student that follows
+_PASSWORD = re.compile(r"(?<=://)[^/@\s]*@")
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
 
 
@@ -100,8 +103,9 @@ def recipe_from_record(
         raise RecipeError(f"{at}: a recipe is a mapping of sections, not {type(record).__name__}")
     try:
         written = [_override(override) for override in overrides]
+        hidden = {name: value for name, value in secrets().items() if len(value) >= MIN_SECRET and os.sep not in value}
         for part in (record, *written):
-            _refuse_tricks(part)
+            _refuse_tricks(part, hidden)
         merged = OmegaConf.merge(OmegaConf.structured(Recipe), record, *written)
         recipe: Recipe = OmegaConf.to_object(merged)  # type: ignore[assignment]
         if not recipe.name:
@@ -186,8 +190,22 @@ def _check_stream(recipe: Recipe) -> None:
 
 
 def recipe_record(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as plain data, for recipe.yaml, checkpoints and trackers."""
-    return plain(recipe)
+    """The recipe as plain data, for recipe.yaml, checkpoints and trackers; passwords in addresses are left out.
+
+    >>> text = "data: {name: video_file, args: {path: 'rtsp://me:word@host/live'}}\\nmodel: {name: jitnet}"
+    >>> text += "\\ndistillation: {}\\nteacher: {name: oracle}"
+    >>> recipe_record(parse_recipe(text))["data"]["args"]
+    {'path': 'rtsp://host/live'}
+    """
+
+    def without_password(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: without_password(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [without_password(item) for item in value]
+        return _PASSWORD.sub("", value) if isinstance(value, str) and "://" in value else value
+
+    return without_password(plain(recipe))
 
 
 def adaptive_of(record: Mapping[str, Any]) -> AdaptiveResolution | None:
@@ -248,7 +266,7 @@ def _override(override: str) -> dict[str, Any]:
     return value
 
 
-def _refuse_tricks(value: Any, key: str = "", depth: int = 0) -> None:
+def _refuse_tricks(value: Any, hidden: Mapping[str, str], key: str = "", depth: int = 0) -> None:
     """Refuse what OmegaConf would look up elsewhere, what other programs would call, and what no option can be."""
     if depth > MAX_DEPTH:
         raise ValueError(f"{key[:80]}: nested too deeply for a recipe")
@@ -261,13 +279,18 @@ def _refuse_tricks(value: Any, key: str = "", depth: int = 0) -> None:
                 )
             if name.startswith("_") or "${" in name:
                 raise ValueError(f"{here}: no option has such a name; recipes name no code and interpolate nothing")
-            _refuse_tricks(item, here, depth + 1)
+            _refuse_tricks(item, hidden, here, depth + 1)
     elif isinstance(value, list | tuple):
         for number, item in enumerate(value):
-            _refuse_tricks(item, f"{key}[{number}]", depth + 1)
+            _refuse_tricks(item, hidden, f"{key}[{number}]", depth + 1)
     elif isinstance(value, str):
         if "${" in value:
             raise ValueError(f"{key} holds '${{'; recipes are literal, nothing is interpolated; write the value out")
+        if (name := next((name for name, secret in hidden.items() if secret in value), None)) is not None:
+            raise ValueError(
+                f"{key} holds the value of the environment variable {name}; recipes are written to run folders, "
+                "checkpoints and reports: take it out"
+            )
         if value == MISSING:
             raise ValueError(f"{key} is {MISSING}; write its value, or take the key out for the default")
         if _CONTROL.search(value):

@@ -18,6 +18,7 @@ import numpy as np
 from pytorch_lightning.loggers.logger import DummyExperiment, Logger, rank_zero_experiment
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
+from dance_seg.machine import secrets
 from dance_seg.metrics_file import MetricsFile, read_metrics
 from dance_seg.plain_data import parse_json
 
@@ -38,7 +39,6 @@ CONNECT_SECONDS = 5  # how long the server may take to answer at all
 INIT_SECONDS = 30  # how long Weights & Biases may take to start
 FINISH_SECONDS = 60  # and to send the rest; what is left stays in the run folder, for `wandb sync`
 MAX_TAG = 64  # characters; Weights & Biases refuses a run with a longer one
-_SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
 
 
 class JsonlLogger(Logger):
@@ -344,7 +344,7 @@ def without_secrets(config: Mapping[str, Any]) -> dict[str, Any]:
     >>> without_secrets({"lr": 0.1, "sizes": (1, 2), "root": Path("data")})
     {'lr': 0.1, 'sizes': [1, 2], 'root': 'data'}
     """
-    secrets = [value for name, value in os.environ.items() if len(value) >= 8 and _SECRET_NAME.search(name)]
+    hidden = secrets().values()
 
     def clean(value: Any) -> Any:
         if isinstance(value, Mapping):
@@ -354,7 +354,7 @@ def without_secrets(config: Mapping[str, Any]) -> dict[str, Any]:
         if value is None or isinstance(value, bool | int | float):
             return value
         text = str(value)
-        for secret in secrets:
+        for secret in hidden:
             text = text.replace(secret, "<removed>")
         return text
 

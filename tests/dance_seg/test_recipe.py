@@ -124,6 +124,15 @@ def test_no_value_of_the_environment_is_ever_read(monkeypatch):
     assert os.environ["SECRET_KEY"] not in str(error.value)
 
 
+def test_a_secret_that_the_shell_wrote_out_is_refused_and_not_told(monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef0123")
+    with pytest.raises(RecipeError, match=r"tracking\.group holds the value of .* WANDB_API_KEY") as error:
+        parse_recipe(GOOD, ["tracking.group=x-0123456789abcdef0123"])
+    assert os.environ["WANDB_API_KEY"] not in str(error.value)
+    monkeypatch.delenv("WANDB_API_KEY")
+    assert parse_recipe(GOOD, ["tracking.group=x-0123456789abcdef0123"]).tracking.group
+
+
 def test_an_alias_bomb_is_refused_before_it_expands():
     bomb = "a: &a [x, x]\n" + "".join(f"{c}: &{c} [*{p}, *{p}]\n" for p, c in zip("abcdefgh", "bcdefghi", strict=True))
     with pytest.raises(ValueError, match="aliases"):
