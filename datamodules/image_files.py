@@ -22,7 +22,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from dance_seg.errors import DataError
+from dance_seg.errors import DataError, first_line
 
 MAX_PIXELS = 100_000_000
 """Pictures with more pixels are refused from their header."""
@@ -50,6 +50,12 @@ _OTHER_FILES = (
     (b"<", "a web page or XML file, often what a failed download leaves"),
     (b"{", "a JSON file"),
 )
+
+PILLOW_ERRORS = (
+    OSError, SyntaxError, ValueError, TypeError, LookupError, OverflowError, EOFError, struct.error, zlib.error,
+    Image.DecompressionBombError,
+)  # fmt: skip
+"""What Pillow raises on files that are damaged: an IndexError, say, on a colour profile that is cut off."""
 
 _decodes = 0
 _decodes_lock = threading.Lock()
@@ -119,8 +125,8 @@ def read_label(path: Path, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     try:
         with Image.open(io.BytesIO(data), formats=("PNG",)) as picture:
             raw = np.array(picture)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path} cannot be decoded: {error}") from None
+    except PILLOW_ERRORS as error:
+        raise DataError(f"{path} cannot be decoded: {first_line(error)}") from None
     if raw.ndim == 3:
         raise DataError(f"{path} {_describe_color_mask(raw)}")
     if header.color == _PNG_GRAY and raw.dtype == np.uint8:
@@ -139,7 +145,7 @@ def exif_orientation(path: Path) -> int:
     try:
         with Image.open(path, formats=("PNG", "JPEG")) as picture:
             return int(picture.getexif().get(0x0112, 1))
-    except (OSError, SyntaxError, ValueError, TypeError, Image.DecompressionBombError):
+    except PILLOW_ERRORS:
         return 1
 
 

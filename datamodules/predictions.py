@@ -17,11 +17,11 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from dance_seg.errors import DataError
+from dance_seg.errors import DataError, first_line
 from dance_seg.inference import Predicted
 from dance_seg.sample import IGNORE, Sample
 from datamodules.cityscapes import CITYSCAPES
-from datamodules.image_files import read_label
+from datamodules.image_files import PILLOW_ERRORS, read_label
 from datamodules.label_table import LabelTable, count_ids
 from datamodules.listing import list_files, some, what_is_there
 from datamodules.sources import in_order, with_progress
@@ -240,5 +240,8 @@ def _refuse_other_kinds(path: Path) -> None:
 
 def _note_in(path: Path) -> str | None:
     """The image that a prediction written here is of."""
-    with Image.open(path, formats=("PNG",)) as picture:
-        return picture.info.get(NOTE)
+    try:
+        with Image.open(path, formats=("PNG",)) as picture:
+            return picture.info.get(NOTE)
+    except PILLOW_ERRORS as error:
+        raise DataError(f"{path} cannot be decoded: {first_line(error)}") from None

@@ -378,12 +378,10 @@ def _read_mask(path: Path) -> np.ndarray:
             if picture.mode not in ("L", "P"):
                 raise DataError(f"{path}: is a picture of mode {picture.mode}; a mask holds one class index per pixel")
             return np.array(picture)
-    except (
-        OSError,
-        SyntaxError,
-        Image.DecompressionBombError,
-    ) as error:  # Pillow's complaint about a broken PNG is a SyntaxError
-        raise DataError(f"{path}: cannot be read: {error}") from error
+    except DataError:
+        raise
+    except Exception as error:  # Pillow raises many kinds here
+        raise DataError(f"{path}: cannot be read: {first_line(error)}") from error
 
 
 def _load_weights(model: nn.Module, path: Path) -> None:

@@ -106,9 +106,9 @@ def _opened(path: Path) -> Image.Image:
         if picture.width * picture.height > MAX_PIXELS:
             raise DataError(f"{path}: {picture.width} x {picture.height} pixels is no picture of a run")
         picture.load()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        if isinstance(error, DataError):
-            raise
+    except DataError:
+        raise
+    except Exception as error:  # Pillow raises many kinds here
         raise DataError(f"{path}: cannot be read as a picture ({error})") from None
     return picture
 

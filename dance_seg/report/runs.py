@@ -18,6 +18,7 @@ from dance_seg.metrics_file import read_metrics
 from dance_seg.plain_data import parse_json, parse_yaml
 
 MAX_BYTES = 256 << 20  # no file of a run that is read whole is larger
+_DAMAGED = (KeyError, TypeError, ValueError, AttributeError, OverflowError)  # what makes no sense raises these
 _PICTURE = re.compile(r"(\d+)_(.*)_image\.png", re.DOTALL)
 _CHARGE = re.compile(r"cost/(.+)_(seconds|gmacs)")
 _LEAVING = re.compile(r"exit_(\d+)_(\d+)_(.*)\.png", re.DOTALL)
@@ -392,6 +393,13 @@ def read_json(path: Path) -> dict[str, Any]:
     return record
 
 
+def _finite(value: Any) -> float:
+    """A finite number. Raises ValueError for another."""
+    if not math.isfinite(given := float(value)):
+        raise ValueError(f"a number is {given}")
+    return given
+
+
 def _read_plan(path: Path) -> WholePlan | None:
     record = read_json(path)
     if not record:
@@ -399,15 +407,15 @@ def _read_plan(path: Path) -> WholePlan | None:
     scored = section(record, "complexity")
     try:
         plan = WholePlan(
-            scales=tuple(float(scale) for scale in record["scales"]),
+            scales=tuple(_finite(scale) for scale in record["scales"]),
             sizes=tuple((int(height), int(width)) for height, width in record["sizes"]),
             epochs=tuple(_planned_epoch(epoch) for epoch in record["epochs"]),
             measure=str(scored.get("measure", "")),
-            complexity=tuple(float(value) for value in scored.get("values") or ()),
-            weights=tuple(float(value) for value in record.get("weights") or ()),
+            complexity=tuple(_finite(value) for value in scored.get("values") or ()),
+            weights=tuple(_finite(value) for value in record.get("weights") or ()),
             names=tuple(str(name) for name in scored.get("names") or ()),
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except _DAMAGED as error:
         reason = f"{type(error).__name__}: {error}"
         raise DataError(f"{path}: not a plan ({reason}); move it away to go on without it") from None
     counts = {len(plan.scales), len(plan.sizes), *(len(epoch.images_per_scale) for epoch in plan.epochs)}
@@ -422,8 +430,10 @@ def _read_image_losses(path: Path) -> ImageLosses | None:
         return None
     try:
         pairs = zip(record["names"], record["losses"], strict=True)
-        return ImageLosses(int(record["epoch"]) + 1, {str(name): float(loss) for name, loss in pairs})
-    except (KeyError, TypeError, ValueError) as error:
+        return ImageLosses(
+            int(record["epoch"]) + 1, {str(name): loss for name, given in pairs if (loss := number(given)) is not None}
+        )
+    except _DAMAGED as error:
         reason = f"{type(error).__name__}: {error}"
         raise DataError(f"{path}: no losses of images ({reason}); move it away to go on without it") from None
 
@@ -438,10 +448,10 @@ def _read_widths(path: Path) -> Widths | None:
             for kind in ("layers", "branches")
         )
         cuts = tuple(
-            Cut(int(cut["epoch"]), float(cut["macs"]), float(cut["channels"]), int(cut["parameters"]))
+            Cut(int(cut["epoch"]), _finite(cut["macs"]), _finite(cut["channels"]), int(cut["parameters"]))
             for cut in record["cuts"]
         )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except _DAMAGED as error:
         reason = f"{type(error).__name__}: {error}"
         raise DataError(f"{path}: no widths of a network ({reason}); move it away to go on without it") from None
     if not layers or any(full < 1 or not 0 <= now <= full for _, full, now in layers):
@@ -457,28 +467,33 @@ def _read_exits(path: Path, pictures: Path) -> Exits | None:
         achieved, policy = record["achieved"], record["policy"]
         exits = Exits(
             thresholds=tuple(None if value is None else float(value) for value in policy["thresholds"]),
-            mious=tuple(float(value) for value in achieved["miou_of_exits"]),
-            shares=tuple(float(value) for value in achieved["exits"]),
+            mious=tuple(_finite(value) for value in achieved["miou_of_exits"]),
+            shares=tuple(_finite(value) for value in achieved["exits"]),
             costs={
-                unit: tuple(float(a) + float(b) for a, b in zip(cost["trunk"], cost["heads"], strict=True))
+                unit: tuple(_finite(a) + _finite(b) for a, b in zip(cost["trunk"], cost["heads"], strict=True))
                 for unit, cost in record["costs"].items()
             },
-            achieved=(float(achieved["miou"]), float(achieved["miou_random"])),
-            spent={unit: float(achieved[unit]) for unit in record["costs"]},
+            achieved=(_finite(achieved["miou"]), _finite(achieved["miou_random"])),
+            spent={unit: _finite(achieved[unit]) for unit in record["costs"]},
             curves={
                 unit: tuple(
-                    (float(p["average_cost"]), float(p["miou"]), float(p["random_cost"]), float(p["random_miou"]))
+                    (
+                        _finite(p["average_cost"]),
+                        _finite(p["miou"]),
+                        _finite(p["random_cost"]),
+                        _finite(p["random_miou"]),
+                    )
                     for p in points
                 )
                 for unit, points in record["curves"].items()
             },
-            budget=float(record["budget"]),
+            budget=_finite(record["budget"]),
             unit=str(record["unit"]),
             split=str(record["split"]),
             images=int(achieved["images"]),
             leaving=_leaving(pictures),
         )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except _DAMAGED as error:
         reason = f"{type(error).__name__}: {error}"
         raise DataError(f"{path}: no calibration of exits ({reason}); calibrate again, or move it away") from None
     count = len(exits.mious)

@@ -9,6 +9,7 @@ import pytest
 
 from tools.fuzz.data_readers import SIGNATURE, chunk
 from tools.fuzz.readers import READERS
+from tools.fuzz.run_files import FILES
 from tools.fuzz.run_readers import OVERRIDE, field
 from tools.fuzz.target import judge
 
@@ -52,9 +53,11 @@ def table(**changes):
     return repaired(lambda seed: json.dumps(json.loads(seed) | changes).encode())
 
 
-def file_of_run(name, content):
-    from tools.fuzz.run_files import FILES
+NO_EPOCH = FILES["widths.json"].replace(b": 1,", b": 1e999,")
+NO_SCORE = FILES["calibration.json"].replace(b'"miou_random": 2.0', b'"miou_random": NaN')
 
+
+def file_of_run(name, content):
     return lambda target: bytes([sorted(FILES).index(name)]) + content
 
 
@@ -77,6 +80,10 @@ def sample_beyond(target):
 
 def png_of(height, width):
     return SIGNATURE + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+
+
+def with_block(kind, content):
+    return lambda target: target.seeds[0][:-12] + chunk(kind, content) + chunk(b"IEND", b"")
 
 
 def late_palette(target):
@@ -112,6 +119,8 @@ FOUND = {
     "run: a row of another kind": ("run_folder", file_of_run("metrics.jsonl", b"[1]\n")),
     "run: a step without end": ("run_folder", file_of_run("metrics.jsonl", b'{"step": 1e999}\n')),
     "run: a number that Python does not write": ("run_folder", file_of_run("plan.json", b'{"scales": ' + MANY_DIGITS)),
+    "run: a cut at no epoch": ("run_folder", file_of_run("widths.json", NO_EPOCH)),
+    "run: a score that is none": ("run_folder", file_of_run("calibration.json", NO_SCORE)),
     "run: half an epoch": ("run_folder", file_of_run("recipe.yaml", b"trainer: {max_epochs: 0.5}\n")),
     "offline run: a number for a text": ("offline_run", offline(b"\x8a\x01" + bytes([2, 8 | 0, 5]))),
     "offline run: a number for an item": ("offline_run", offline(field(2, bytes([8, 5])))),
@@ -121,6 +130,8 @@ FOUND = {
     "latency table: nested without end": ("latency_table", lambda t: DEEP),
     "latency table: a space told in full": ("latency_table", instead(b'"space": "', b'"space": "' + b"9" * 5000)),
     "label: a palette after the pixels": ("label", late_palette),
+    "label: a colour profile that is cut off": ("label", with_block(b"iCCP", b"")),
+    "predictions: a colour profile that is cut off": ("predictions", with_block(b"iCCP", b"")),
     "image: a header of another picture": ("image", lambda t: png_of(40000, 40000)),
 }  # fmt: skip
 
