@@ -195,6 +195,8 @@ class Store:
             if trial.state not in (TrialState.RUNNING, TrialState.COMPLETE) or "generation" not in trial.user_attrs:
                 continue
             place = (trial.user_attrs["generation"], trial.user_attrs["index"])
+            if not all(type(number) is int for number in place):
+                raise TypeError(f"a candidate at {short(place)}")
             if place in self.finished:
                 continue
             if place[0] == generation:
@@ -280,9 +282,10 @@ class Store:
             raise DataError(f"{self}: holds {', '.join(others)[:80]}, which is no search of ours; name another file")
         if not names:
             sampler = optuna.samplers.RandomSampler()  # never asked
-            optuna.create_study(
-                study_name=STUDY, storage=self.storage, sampler=sampler, direction="maximize", load_if_exists=True
-            )
+            with self._reading():
+                optuna.create_study(
+                    study_name=STUDY, storage=self.storage, sampler=sampler, direction="maximize", load_if_exists=True
+                )
         with self._reading():
             study = self.storage.get_study_id_from_name(STUDY)
             if "search" not in self.storage.get_study_user_attrs(study):

@@ -4,6 +4,7 @@ import json
 import logging
 import struct
 import zlib
+from contextlib import nullcontext
 
 import pytest
 
@@ -11,7 +12,7 @@ from tools.fuzz.data_readers import SIGNATURE, chunk
 from tools.fuzz.readers import READERS
 from tools.fuzz.run_files import FILES
 from tools.fuzz.run_readers import OVERRIDE, field
-from tools.fuzz.target import judge
+from tools.fuzz.target import SECRET, judge
 
 DEEP = b"[" * 5000
 MANY_DIGITS = b"9" * 5000
@@ -125,6 +126,8 @@ FOUND = {
     "offline run: a number for a text": ("offline_run", offline(b"\x8a\x01" + bytes([2, 8 | 0, 5]))),
     "offline run: a number for an item": ("offline_run", offline(field(2, bytes([8, 5])))),
     "storage: a candidate without a place": ("storage", instead(b'"index"', b'"endex"')),
+    "storage: a candidate at no number": ("storage", instead(b'"index":1', b'"index":null')),
+    "storage: a first line that is no JSON": ("storage", instead(b'0,"worker_id":', b'0,"worker_id" ')),
     "storage: a line that is no JSON": ("storage", instead(b'"op_code":6', b'"op_code" 6')),
     "storage: a cost that is none": ("storage", instead(b'"cost":1.0', b'"cost":NaN')),
     "latency table: nested without end": ("latency_table", lambda t: DEEP),
@@ -142,3 +145,68 @@ def test_what_was_found_is_mended(name, targets):
     reader, made = FOUND[name]
     target = targets(reader)
     assert judge(target.check, made(target)) == ""
+
+
+# Guards -----------------------------------------------------------------------------------------------------------
+
+
+UNGUARDED = {
+    "no look at what OmegaConf would look up": (
+        "recipe", "dance_seg.recipe._refuse_tricks", lambda *_: None,
+        override(b"start_from=${oc.env:FUZZ_SECRET_KEY}"),
+        "wrong: a value of the environment",
+    ),
+    "no look at what is not finite": (
+        "recipe", "dance_seg.recipe._refuse_tricks", lambda *_: None, override(b"data.args.flip=.inf"),
+        "wrong: a number is not finite",
+    ),
+    "links are followed": (
+        "list", "datamodules.listing.refuse_outside", lambda path, root: path,
+        lambda t: b"ctrain/linked.png trainannot/a_1.png", "wrong:",
+    ),
+    "any class is believed": (
+        "complexity", "datamodules.complexity_table.IGNORE", 1 << 40, table(classes=[[0], [70000], [1]]),
+        "wrong: a table",
+    ),
+    "depth has no end": (
+        "audit", "datamodules.sources.parse_json", json.loads, lambda t: b'{"version": 1, "bad": ' + DEEP, "crash:",
+    ),
+    "a journal is believed": (
+        "storage", "dance_seg.supernet.storage.Store._reading", lambda self: nullcontext(),
+        instead(b'"index"', b'"endex"'), "crash:",
+    ),
+    "Pillow is believed": (
+        "label", "datamodules.image_files.PILLOW_ERRORS", OSError, with_block(b"iCCP", b""),
+        "crash: builtins.IndexError",
+    ),
+    "rows that are missing are class 0": (
+        "label", "datamodules.image_files._check_all_rows", lambda *_: None, lambda t: rows_missing(), "wrong: ids",
+    ),
+    "any score is believed": (
+        "run_folder", "dance_seg.report.runs._finite", float, file_of_run("calibration.json", NO_SCORE),
+        "wrong: a figure",
+    ),
+}  # fmt: skip
+
+
+def rows_missing():
+    """Nine rows of class 2, of which the file holds three; libpng refuses it, and Pillow reads the rest as 0."""
+    rows = zlib.compress((b"\0" + b"\2" * 13) * 3)
+    return (
+        SIGNATURE
+        + chunk(b"IHDR", struct.pack(">IIBBBBB", 13, 9, 8, 0, 0, 0, 0))
+        + chunk(b"IDAT", rows)
+        + chunk(b"IEND", b"")
+    )
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("guard", UNGUARDED)
+def test_without_its_guard_a_reader_fails(guard, targets, monkeypatch):
+    reader, place, without, made, said = UNGUARDED[guard]
+    monkeypatch.setenv("FUZZ_SECRET_KEY", SECRET)
+    target = targets(reader)
+    data = made(target)
+    assert judge(target.check, data) == ""
+    monkeypatch.setattr(place, without)
+    assert judge(target.check, data).startswith(said)

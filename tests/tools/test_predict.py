@@ -113,6 +113,15 @@ def test_a_film_that_is_none_is_named(
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["legend.png"]
 
 
+def test_a_film_that_names_other_files_opens_none_of_them(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_film(tmp_path / "other.mp4")
+    (tmp_path / "list.mp4").write_text("ffconcat version 1.0\nfile other.mp4\n")
+    assert predict(monkeypatch, run, tmp_path / "list.mp4", "--out", tmp_path / "out") == 1
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["legend.png"]
+
+
 def test_an_onnx_file_labels_too_and_others_are_refused(
     tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

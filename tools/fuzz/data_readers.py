@@ -228,7 +228,9 @@ def label(folder: Path) -> Target:
         if ids.dtype != np.uint8 or ids.shape != image_size(path):
             raise Wrong(f"ids {ids.dtype} {ids.shape}")
         expected = ids_by_libpng(data)
-        if expected is not None and not np.array_equal(ids, expected):
+        if expected is None:
+            raise Wrong("ids where libpng reads none")
+        if not np.array_equal(ids, expected):
             raise Wrong(f"ids {np.unique(ids)[:9]} where libpng reads {np.unique(expected)[:9]}")
 
     few = [png(_ids() % min(2**depth, 255), depth, color) for depth in (1, 2, 4, 8) for color in (0, 3)]
