@@ -284,6 +284,8 @@ def _check_all_rows(pixels: bytes, header: Header, path: Path) -> None:
         raise DataError(f"{path} is damaged: {error}") from None
     if found < expected:
         raise DataError(f"{path} is damaged: its pixel data ends after {found} of {expected} bytes")
+    if found > expected or not inflate.eof:
+        raise DataError(f"{path} is damaged: its pixel data does not end after the {expected} bytes of its rows")
 
 
 def _check_jpeg(data: bytes, header: Header, path: Path) -> None:

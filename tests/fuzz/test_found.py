@@ -134,6 +134,7 @@ FOUND = {
     "latency table: a space told in full": ("latency_table", instead(b'"space": "', b'"space": "' + b"9" * 5000)),
     "label: a palette after the pixels": ("label", late_palette),
     "label: a colour profile that is cut off": ("label", with_block(b"iCCP", b"")),
+    "label: rows that do not end": ("label", lambda t: rows_missing(b"\0" + b"\2" * 13, 12)),
     "predictions: a colour profile that is cut off": ("predictions", with_block(b"iCCP", b"")),
     "image: a header of another picture": ("image", lambda t: png_of(40000, 40000)),
 }  # fmt: skip
@@ -189,9 +190,9 @@ UNGUARDED = {
 }  # fmt: skip
 
 
-def rows_missing():
+def rows_missing(row=b"\0" + b"\2" * 13, count=3):
     """Nine rows of class 2, of which the file holds three; libpng refuses it, and Pillow reads the rest as 0."""
-    rows = zlib.compress((b"\0" + b"\2" * 13) * 3)
+    rows = zlib.compress(row * count)[: None if count < 9 else -6]
     return (
         SIGNATURE
         + chunk(b"IHDR", struct.pack(">IIBBBBB", 13, 9, 8, 0, 0, 0, 0))

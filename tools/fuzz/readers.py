@@ -29,5 +29,8 @@ READERS: dict[str, Callable[[Path], Target]] = {
 }
 """Each makes, in an empty folder, what lies around its files; its target has files to change and judges them read."""
 
-SHARE = {"recipe": 0.3, "run_folder": 0.3, "video": 0.3, "network": 0.05, "safetensors": 0.05, "decoded": 0.5}
+SHARE = {
+    "recipe": 0.15, "run_folder": 0.15, "video": 0.3, "network": 0.02, "safetensors": 0.02, "decoded": 0.3,
+    "complexity": 0.5, "audit": 0.5, "predictions": 0.5,
+}  # fmt: skip
 """Of the inputs of a reader of files alone (1), how many these get, since they take longer."""
