@@ -16,8 +16,8 @@ from pytorch_lightning import Trainer
 from pytorch_lightning.utilities.rank_zero import rank_zero_info
 from torch import nn
 
-from dance_seg.background import BackgroundWriter
 from dance_seg.allocation import ValuesAtMost
+from dance_seg.background import BackgroundWriter
 from dance_seg.callbacks import (
     Checkpoints,
     CostLedger,
@@ -37,8 +37,8 @@ from dance_seg.checkpoint import forget_older, newest_valid
 from dance_seg.checkpoint_io import AtomicCheckpointIO
 from dance_seg.ddp import UnevenValidation
 from dance_seg.early_exit.exits import ExitNetwork
-from dance_seg.heartbeat import Heartbeat
 from dance_seg.errors import first_line
+from dance_seg.heartbeat import Heartbeat
 from dance_seg.losses import SoftLabels
 from dance_seg.machine import write_text
 from dance_seg.models import MODELS

@@ -7,10 +7,14 @@ nesting and keys given twice are refused. So are words that YAML reads as someth
 
 import json
 import re
+from pathlib import Path
 from typing import Any
 
 import yaml
 
+from dance_seg.errors import DataError, first_line
+
+MAX_BYTES = 256 << 20  # no file of a run that is read whole is larger
 MAX_DEPTH = 32  # of nesting; a recipe has 5 levels
 MAX_DIGITS = 18  # of a whole number, so that it fits 64 bits
 
@@ -130,7 +134,7 @@ def write_yaml(value: Any) -> str:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """The plain data of a JSON text.
+    """The plain data of a JSON text, as bytes in UTF-8.
 
     Raises ValueError for anything else, also for what is nested without end.
 
@@ -139,6 +143,23 @@ def parse_json(text: str | bytes) -> Any:
     ValueError: nested too deeply to be read
     """
     try:
-        return json.loads(text)
+        return json.loads(text.decode() if isinstance(text, bytes) else text)
     except RecursionError:
         raise ValueError("nested too deeply to be read") from None
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty when there is no file. Raises DataError, naming it, when it is damaged."""
+    if not path.is_file():
+        return {}
+    if (size := path.stat().st_size) > MAX_BYTES:
+        raise DataError(f"{path}: {size} bytes; a run writes no file of this kind above {MAX_BYTES}")
+    try:
+        record = parse_json(path.read_bytes())
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not a UTF-8 text ({error.reason} at byte {error.start})") from None
+    except ValueError as error:
+        raise DataError(f"{path}: not valid JSON ({first_line(error)}); move it away to go on without it") from None
+    if not isinstance(record, dict):
+        raise DataError(f"{path}: holds {type(record).__name__}, not an object; move it away to go on without it")
+    return record

@@ -10,6 +10,7 @@ import torch
 
 from dance_seg.checkpoint import check_writable, clean_temporary
 from dance_seg.machine import processor, write_text
+from dance_seg.plain_data import read_object
 from dance_seg.recipe import Recipe, load_recipe, recipe_differences, save_recipe, with_execution
 
 # Keys that may differ when a run goes on: they change where and how fast it runs, not what it computes.
@@ -90,9 +91,8 @@ def circumstances() -> dict[str, Any]:
 
 
 def notes(folder: Path) -> dict[str, Any]:
-    """What is known of a run: its run.json; nothing where there is none yet."""
-    path = folder / "run.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
+    """What is known of a run: its run.json; nothing where there is none yet. Raises DataError when it is damaged."""
+    return read_object(folder / "run.json")
 
 
 def note(folder: Path, **facts: Any) -> None:

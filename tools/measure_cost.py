@@ -13,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dance_seg.plain_data import read_object
 from tools.cli import parser, run, write_json
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ def measure_run(given: argparse.Namespace) -> dict[str, Any]:
     load = load_average()  # before our own work is part of it
     torch.set_num_threads(given.threads)
     model, record, path = load_run(given.run, given.checkpoint)
-    kept = read_costs(given.run / "cost.json")
+    kept = read_object(given.run / "cost.json")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = model.to(device)
     if given.channels_last:
@@ -125,19 +126,6 @@ def measure_run(given: argparse.Namespace) -> dict[str, Any]:
         if given.roofline:
             print(f"{write_roofline_page(given.run)} shows the roofline")
     return {**inference, "roofline": kept.get("roofline")} if given.roofline else inference
-
-
-def read_costs(path: Path) -> dict[str, Any]:
-    """The run's cost.json; empty where there is none yet. Raises ValueError that names the file when it is damaged."""
-    if not path.is_file():
-        return {}
-    try:
-        costs = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON ({error}); move it away to go on without it") from None
-    if not isinstance(costs, dict):
-        raise ValueError(f"{path}: holds {type(costs).__name__}, not an object; move it away to go on without it")
-    return costs
 
 
 def measure_size(
@@ -313,7 +301,7 @@ def trained_elsewhere(path: Path, device: "torch.device") -> str:
     """Why the training's seconds say nothing of this machine; empty where they do."""
     from dance_seg.machine import processor
 
-    there = read_costs(path)
+    there = read_object(path)
     where = str(there.get("processor", "another machine"))
     if where != processor():
         return f"training ran on {where}, so its share of this machine is not known"

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from dance_seg.errors import DataError, first_line
-from dance_seg.plain_data import parse_json, write_yaml
-from dance_seg.report.runs import MAX_BYTES, Run, number, section
+from dance_seg.plain_data import MAX_BYTES, parse_json, write_yaml
+from dance_seg.report.runs import Run, number, section
 
 # The file: a header, then blocks; a record is one chunk, or a first, middle ones and a last, each in one block.
 HEADER = b":W&B" + struct.pack("<HB", 0xBEE1, 0)

@@ -15,9 +15,8 @@ from typing import Any, NamedTuple
 
 from dance_seg.errors import DataError
 from dance_seg.metrics_file import read_metrics
-from dance_seg.plain_data import parse_json, parse_yaml
+from dance_seg.plain_data import MAX_BYTES, parse_yaml, read_object
 
-MAX_BYTES = 256 << 20  # no file of a run that is read whole is larger
 _DAMAGED = (KeyError, TypeError, ValueError, AttributeError, OverflowError)  # what makes no sense raises these
 _PICTURE = re.compile(r"(\d+)_(.*)_image\.png", re.DOTALL)
 _CHARGE = re.compile(r"cost/(.+)_(seconds|gmacs)")
@@ -313,13 +312,13 @@ def read_run(folder: str | Path) -> Run:
         known = ", ".join(sorted(str(path.parent) for path in beside))
         raise ValueError(f"{folder}: {reason}; there are: {known or 'none, train one first'}")
     recipe, text = _read_recipe(folder / "recipe.yaml")
-    costs = read_json(folder / "cost.json")
+    costs = read_object(folder / "cost.json")
     simplest, most_complex = _thumbnails(folder / "pictures")
     return Run(
         folder=folder,
         recipe=recipe,
         recipe_text=text,
-        circumstances=read_json(folder / "run.json"),
+        circumstances=read_object(folder / "run.json"),
         rows=_read_rows(folder / "metrics.jsonl"),
         training=section(costs, "training"),
         inference=section(costs, "inference"),
@@ -380,19 +379,6 @@ def _read_recipe(path: Path) -> tuple[dict[str, Any], str]:
     return recipe, text
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty when there is no file."""
-    if not path.is_file():
-        return {}
-    try:
-        record = parse_json(_read_text(path))
-    except ValueError as error:
-        raise DataError(f"{path}: not valid JSON ({error}); move it away to go on without it") from None
-    if not isinstance(record, dict):
-        raise DataError(f"{path}: holds {type(record).__name__}, not an object; move it away to go on without it")
-    return record
-
-
 def _finite(value: Any) -> float:
     """A finite number. Raises ValueError for another."""
     if not math.isfinite(given := float(value)):
@@ -401,7 +387,7 @@ def _finite(value: Any) -> float:
 
 
 def _read_plan(path: Path) -> WholePlan | None:
-    record = read_json(path)
+    record = read_object(path)
     if not record:
         return None
     scored = section(record, "complexity")
@@ -425,7 +411,7 @@ def _read_plan(path: Path) -> WholePlan | None:
 
 
 def _read_image_losses(path: Path) -> ImageLosses | None:
-    record = read_json(path)
+    record = read_object(path)
     if not record:
         return None
     try:
@@ -439,7 +425,7 @@ def _read_image_losses(path: Path) -> ImageLosses | None:
 
 
 def _read_widths(path: Path) -> Widths | None:
-    record = read_json(path)
+    record = read_object(path)
     if not record:
         return None
     try:
@@ -460,7 +446,7 @@ def _read_widths(path: Path) -> Widths | None:
 
 
 def _read_exits(path: Path, pictures: Path) -> Exits | None:
-    record = read_json(path)
+    record = read_object(path)
     if not record:
         return None
     try:

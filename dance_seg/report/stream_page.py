@@ -17,6 +17,7 @@ import numpy as np
 
 from dance_seg.errors import DataError
 from dance_seg.machine import write_text
+from dance_seg.plain_data import read_object
 from dance_seg.report.page import (
     Bar,
     Bars,
@@ -49,7 +50,7 @@ from dance_seg.report.pictures import (
 )
 from dance_seg.report.predictions import panels_bytes
 from dance_seg.report.run_page import circumstances, recipe
-from dance_seg.report.runs import Run, number, read_json, read_run, section
+from dance_seg.report.runs import Run, number, read_run, section
 from dance_seg.report.timeline import Timeline, accuracy_chart, cost_chart, stride_chart
 
 MOST_SAMPLES = 16
@@ -125,7 +126,7 @@ def write_stream_report(folder: str | Path) -> Path:
 def read_stream_run(folder: str | Path) -> StreamRun:
     """Read the run folder of a stream. Raises ValueError and DataError as `read_run` does."""
     folder = Path(folder)
-    return StreamRun(read_run(folder), read_json(folder / "scores.json"))
+    return StreamRun(read_run(folder), read_object(folder / "scores.json"))
 
 
 def stream_report(stream: StreamRun) -> Page:
