@@ -33,6 +33,10 @@ LABEL_SUFFIXES = (".png",)
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PNG_GRAY, _PNG_RGB, _PNG_PALETTE, _PNG_GRAY_ALPHA, _PNG_RGBA = 0, 2, 3, 4, 6
 _PNG_CHANNELS = {_PNG_GRAY: 1, _PNG_RGB: 3, _PNG_PALETTE: 1, _PNG_GRAY_ALPHA: 2, _PNG_RGBA: 4}
+_PNG_DEPTHS = {
+    _PNG_GRAY: (1, 2, 4, 8, 16), _PNG_RGB: (8, 16), _PNG_PALETTE: (1, 2, 4, 8), _PNG_GRAY_ALPHA: (8, 16),
+    _PNG_RGBA: (8, 16),
+}  # fmt: skip
 _JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _JPEG_MAX_SEGMENTS = 4096  # before the frame header; real files have a few dozen
 _INTERLACE_PASSES = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
@@ -215,9 +219,14 @@ def _png_header(start: bytes, path: Path) -> Header:
         raise DataError(f"{path} is cut off inside its header ({len(start)} bytes)")
     if start[8:16] != b"\x00\x00\x00\rIHDR" or zlib.crc32(start[12:29]) != int.from_bytes(start[29:33], "big"):
         raise DataError(f"{path} is damaged: the PNG header's checksum is wrong")
-    width, height, depth, color, _, _, interlace = struct.unpack(">IIBBBBB", start[16:29])
+    width, height, depth, color, packing, filtering, interlace = struct.unpack(">IIBBBBB", start[16:29])
     if color not in _PNG_CHANNELS:
         raise DataError(f"{path} is damaged: PNG has no colour type {color}")
+    if depth not in _PNG_DEPTHS[color] or packing or filtering or interlace > 1:  # Pillow does not look at all of them
+        raise DataError(
+            f"{path} is damaged: no PNG has {depth} bits in colour type {color}, packed by {packing}, "
+            f"filtered by {filtering} and interlaced by {interlace}"
+        )
     return Header("PNG", height, width, depth, color, interlace != 0, 33)
 
 

@@ -134,6 +134,7 @@ FOUND = {
     "latency table: a space told in full": ("latency_table", instead(b'"space": "', b'"space": "' + b"9" * 5000)),
     "label: a palette after the pixels": ("label", late_palette),
     "label: a colour profile that is cut off": ("label", with_block(b"iCCP", b"")),
+    "label: packed in no known way": ("label", lambda t: t.repair(t.seeds[1][:26] + b"\x80" + t.seeds[1][27:])),
     "label: rows that do not end": ("label", lambda t: rows_missing(b"\0" + b"\2" * 13, 12)),
     "predictions: a colour profile that is cut off": ("predictions", with_block(b"iCCP", b"")),
     "image: a header of another picture": ("image", lambda t: png_of(40000, 40000)),
