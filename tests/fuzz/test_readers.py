@@ -69,7 +69,7 @@ def hold(reader, targets, examples):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("reader", READERS)
 def test_changed_files_are_read_or_refused(reader, targets):
-    hold(reader, targets, 10 if reader in COSTLY else 40)
+    hold(reader, targets, 5 if reader in COSTLY else 30)
 
 
 @pytest.mark.slow
