@@ -52,7 +52,10 @@ def test_a_short_run_gives_the_golden_figures(name, tmp_path, request):
         return
     golden = json.loads(path.read_text())
     assert len(found["losses"]) == len(golden["losses"]) == 20
-    assert found["losses"] == pytest.approx(golden["losses"], rel=1e-3)
-    assert found["miou"] == pytest.approx(golden["miou"], abs=0.5)  # a few pixels of small images
+    # Processors round differently, and training magnifies it: another one's losses were 1e-7 apart at the third step,
+    # 4e-3 at the ninth and 9e-3 at the last. A change of what is computed shows in the first steps.
+    assert found["losses"][:8] == pytest.approx(golden["losses"][:8], rel=1e-3)
+    assert found["losses"][8:] == pytest.approx(golden["losses"][8:], rel=3e-2)
+    assert found["miou"] == pytest.approx(golden["miou"], abs=2.0)  # of six small images
     for key in ("train_gmacs", "pixels", "images_dropped", "inference_gmacs"):
         assert found[key] == golden[key], key
