@@ -71,6 +71,7 @@ def test_without_its_checksum_a_damaged_store_would_serve_wrong_pixels(tmp_path)
 # 24: the tracker ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_without_the_guard_a_tracker_that_fails_would_stop_the_run(cache, tmp_path, monkeypatch):
     monkeypatch.delenv("WANDB_MODE", raising=False)
 
