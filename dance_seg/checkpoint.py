@@ -114,7 +114,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 def forget_older(folder: Path) -> None:
     """Let go of all but the two newest checkpoints of a run, so that one is whole whatever happens to the other."""
     for old in sorted(folder.glob("step-*.ckpt"))[:-2]:
-        old.unlink()
+        old.unlink(missing_ok=True)
 
 
 def newest_valid(folder: str | Path, pattern: str = "*.ckpt") -> tuple[Path, dict[str, Any]] | None:
