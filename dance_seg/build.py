@@ -105,6 +105,8 @@ def build_module(recipe: Recipe, model: nn.Module, datamodule: "SegmentationData
         early_exit=recipe.early_exit,
         soft_labels=recipe.soft_labels,
         teacher=load_teacher(recipe.soft_labels, datamodule.classes) if recipe.soft_labels is not None else None,
+        supernet=recipe.supernet,
+        seed=recipe.seed,
     )
     if options.compile:
         module.model.compile(dynamic=True)

@@ -33,6 +33,7 @@ from dance_seg.early_exit.policy import ExitPolicy, at_every_exit
 from dance_seg.errors import CheckpointError
 from dance_seg.metrics import confusion_matrix
 from dance_seg.normalise import normalise
+from dance_seg.sample import Batch
 
 if TYPE_CHECKING:
     from datamodules.base import SegmentationDataModule
@@ -78,30 +79,42 @@ class Calibration(NamedTuple):
         }
 
 
-@torch.inference_mode()
 def exits_of_split(
     model: ExitNetwork, datamodule: "SegmentationDataModule", split: str, policy: ExitPolicy
 ) -> ExitsOfSplit:
     """Run every exit over a split, with a progress bar; the scores are the policy's.
 
-    Runs on the first CUDA device where there is one. Raises ValueError when logits are not finite.
+    Runs on the first CUDA device where there is one. Raises ValueError as `exits_of_batches`.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = model.to(device).eval()
-    num_classes = len(datamodule.classes)
-    names, scores, matrices, size = list[str](), [], [], None
-    for batch in tqdm(datamodule.evaluation_loader(split), desc=f"exits on {split}", unit="image"):
+    batches = tqdm(datamodule.evaluation_loader(split), desc=f"exits on {split}", unit="image")
+    return exits_of_batches(model.to(device), batches, len(datamodule.classes), policy)
+
+
+@torch.inference_mode()
+def exits_of_batches(
+    model: ExitNetwork, batches: Iterable[Batch], num_classes: int, policy: ExitPolicy
+) -> ExitsOfSplit:
+    """Run every exit over batches of evaluation, where the model is; the scores are the policy's.
+
+    Raises ValueError when logits are not finite, or there are no images.
+    """
+    model.eval()
+    device = next(model.parameters()).device
+    names, scores, matrices = list[str](), [], []
+    size = (0, 0)
+    for batch in batches:
         labels_size = (batch.labels.shape[-2], batch.labels.shape[-1])
         found = at_every_exit(model, normalise(batch.images.to(device)), labels_size, policy)
-        size = size or (batch.images.shape[-2], batch.images.shape[-1])
+        size = size if names else (batch.images.shape[-2], batch.images.shape[-1])
         for place, name in enumerate(batch.names):
             names.append(name)
             scores.append(found.scores[place].numpy())
             label = batch.labels[place].numpy()
             of_exits = [confusion_matrix(exit[place].numpy(), label, num_classes) for exit in found.labels]
             matrices.append(np.stack(of_exits).astype(np.int32))
-    if size is None:
-        raise ValueError(f"the split {split} holds no images; choose another to calibrate on")
+    if not names:
+        raise ValueError("there are no images to ask the exits of; choose another split")
     return ExitsOfSplit(tuple(names), np.stack(scores), np.stack(matrices), size)
 
 

@@ -10,9 +10,9 @@ from pytorch_lightning import LightningModule
 from torch import Tensor, nn
 
 from dance_seg.early_exit.exits import ExitNetwork, Outputs, every_exit
-from dance_seg.early_exit.learning import EarlyExit, exit_losses
+from dance_seg.early_exit.learning import EarlyExit, distance_from_teacher, exit_losses
 from dance_seg.inference import predict_labels
-from dance_seg.losses import Loss, SoftLabels, per_sample_loss, soft_label_loss, weighted_mean
+from dance_seg.losses import Loss, SoftLabels, per_sample_loss, weighted_mean
 from dance_seg.metrics import ConfusionMatrix
 from dance_seg.network_slimming.channels import Group
 from dance_seg.network_slimming.importance import absolute_sum, scales_of
@@ -21,16 +21,21 @@ from dance_seg.network_slimming.slim import Size, slim
 from dance_seg.network_slimming.structure import structure_record
 from dance_seg.options import Optimizer
 from dance_seg.sample import Batch
+from dance_seg.supernet.elastic import Supernet
+from dance_seg.supernet.learning import losses_of_subnets
+from dance_seg.supernet.sampling import Sampling, check_trains, sorts_now, subnets_of_step
+from dance_seg.supernet.space import Subnet
 
 
 class SegmentationModule(LightningModule):
     """Trains a model on batches of one size whose images count by their weights.
 
     `model` maps images (N, 3, H, W) to logits (N, C, H, W); one with exits to its `Outputs`, which `early_exit` turns
-    into a loss, and each exit is validated. With `soft_labels` the logits of a `teacher`, which does not learn, are
-    learnt beside the labels, at every exit. `batch_size` is the global batch the learning rate is meant for; batches
-    of another size scale it (Optimizer.batch_factor). With `ema`, a decaying average of the weights is kept and is
-    what gets validated, chosen and exported.
+    into a loss, and each exit is validated. With `supernet` each step trains several networks of a supernet, which ones
+    follows from the seed and the step; the largest is validated. With `soft_labels` the logits of a `teacher`, which
+    does not learn, are learnt beside the labels, at every exit. `batch_size` is the global batch the learning rate is
+    meant for; batches of another size scale it (Optimizer.batch_factor). With `ema`, a decaying average of the weights
+    is kept and is what gets validated, chosen and exported.
     """
 
     def __init__(
@@ -45,6 +50,8 @@ class SegmentationModule(LightningModule):
         early_exit: EarlyExit | None = None,
         soft_labels: SoftLabels | None = None,
         teacher: nn.Module | None = None,
+        supernet: Sampling | None = None,
+        seed: int = 0,
     ) -> None:
         super().__init__()
         self.model = model
@@ -59,6 +66,11 @@ class SegmentationModule(LightningModule):
         if (soft_labels is None) != (teacher is None):
             raise ValueError("soft_labels and a teacher go together: the one says how much the other's logits count")
         self.soft_labels = soft_labels
+        if supernet is not None:
+            check_trains(supernet, model)
+        self.supernet, self.seed = supernet, seed
+        self.channels_sorted = False
+        self.last_subnets: tuple[Subnet, ...] = ()  # of the newest training step, when it trained several networks
         self._teacher = (teacher,)  # no submodule: it is neither saved nor synchronised
         self.matrices = nn.ModuleList(ConfusionMatrix(len(self.classes)) for _ in range(num_exits))  # the last decides
         self.sparsity, self._scales = 0.0, list[nn.Parameter]()
@@ -88,41 +100,68 @@ class SegmentationModule(LightningModule):
         set_progress = getattr(self.model, "set_progress", None)
         if set_progress is not None:
             set_progress(batch.progress)
+        if self.supernet is not None and not self.channels_sorted and sorts_now(self.supernet, batch.progress):
+            self._sort_channels()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The loss of one batch."""
-        output = self.model(batch.images)
-        if isinstance(output, Outputs):
-            losses, of_exits = exit_losses(output, batch.labels, self.loss, self.early_exit)
-            self.log_dict({f"train/loss/exit_{k}": own.mean() for k, own in enumerate(of_exits, start=1)})
-        else:
-            losses = per_sample_loss(output, batch.labels, self.loss)
-        if self.teacher is not None:
-            losses = losses + self._learnt_from_teacher(output, batch)
+        losses, penalty = self._losses_of_subnets(batch) if self.supernet else self._losses(batch)
         self.last_losses = losses.detach()
         loss = weighted_mean(losses, batch.weights)
         self.log("train/loss", loss, prog_bar=True)
-        if isinstance(output, Outputs) and output.penalty is not None:
-            loss = loss + output.penalty
+        if penalty is not None:
+            loss = loss + penalty
         if self.sparsity:
             loss = loss + self.sparsity * absolute_sum(self._scales)
         self.log_dict({"train/lr": self._learning_rate(), "train/progress": batch.progress})
         return loss
+
+    def _losses(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """The loss of each image (N,), and what the network itself adds."""
+        soft = self._soft_labels(batch)
+        output = self.model(batch.images)
+        return self._losses_of_output(output, batch, soft), output.penalty if isinstance(output, Outputs) else None
+
+    def _losses_of_subnets(self, batch: Batch) -> tuple[Tensor, None]:
+        """The loss of each image (N,) over the networks that this step trains, the largest among them."""
+        assert self.supernet is not None
+        assert isinstance(self.model, Supernet)
+        subnets = subnets_of_step(self.model.space, self.supernet, self.seed, self.global_step, batch.progress)
+        soft = self._soft_labels(batch)
+
+        def losses_of(output: Outputs | Tensor) -> Tensor:
+            assert isinstance(self.model, Supernet)
+            return self._losses_of_output(output, batch, soft, logged=self.model.active == self.model.space.largest)
+
+        losses, self.last_subnets = losses_of_subnets(
+            self.model, batch.images, batch.labels, subnets, self.supernet, losses_of
+        )
+        return losses, None
+
+    def _losses_of_output(
+        self, output: Outputs | Tensor, batch: Batch, soft: Tensor | None, *, logged: bool = True
+    ) -> Tensor:
+        """The loss of each image (N,): of the labels at every exit, and of a teacher's soft labels."""
+        if isinstance(output, Outputs):
+            losses, of_exits = exit_losses(output, batch.labels, self.loss, self.early_exit)
+            if logged:
+                self.log_dict({f"train/loss/exit_{k}": own.mean() for k, own in enumerate(of_exits, start=1)})
+        else:
+            losses = per_sample_loss(output, batch.labels, self.loss)
+        if soft is not None and self.soft_labels is not None:
+            distance = distance_from_teacher(output, soft, batch.labels, self.soft_labels.temperature)
+            losses = losses + self.soft_labels.weight * distance
+        return losses
 
     @property
     def teacher(self) -> nn.Module | None:
         """The network whose soft labels are learnt, if there is one."""
         return self._teacher[0]
 
-    def _learnt_from_teacher(self, output: Outputs | Tensor, batch: Batch) -> Tensor:
-        """Distance of each image's logits (N,) from the teacher's; the mean over the exits."""
-        assert self.teacher is not None
-        assert self.soft_labels is not None
-        with torch.no_grad():
-            soft = self.teacher(batch.images)
-        exits = output.logits if isinstance(output, Outputs) else (output,)
-        each = [soft_label_loss(logits, soft, batch.labels, self.soft_labels.temperature) for logits in exits]
-        return self.soft_labels.weight * torch.stack(each).mean(0)
+    @torch.no_grad()
+    def _soft_labels(self, batch: Batch) -> Tensor | None:
+        """The teacher's logits, where there is one."""
+        return None if self.teacher is None else self.teacher(batch.images)
 
     def _learning_rate(self) -> float:
         return self.optimizers(use_pl_optimizer=False).param_groups[-1]["lr"]  # type: ignore[union-attr]
@@ -132,6 +171,15 @@ class SegmentationModule(LightningModule):
         super().optimizer_step(*args, **kwargs)
         if self.average is not None and not self.step_passed_over:
             self.average.follow(self.model)
+
+    def _sort_channels(self) -> None:
+        """Let narrower networks begin with the channels that matter most; the largest one says the same as before."""
+        followers = [self.average.model] if self.average is not None else []
+        sort = getattr(self.model, "sort_channels", None)
+        if sort is not None:
+            optimizer = self.optimizers(use_pl_optimizer=False)
+            sort([optimizer] if isinstance(optimizer, torch.optim.Optimizer) else optimizer, followers)
+        self.channels_sorted = True
 
     def set_sparsity(self, sparsity: float, groups: Iterable[Group]) -> None:
         """Let training push the normalisation scales of these groups towards zero with that weight; 0 ends it."""
@@ -232,11 +280,14 @@ class SegmentationModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the structure of the network, and the averaged weights."""
         checkpoint["structure"] = structure_record(self.model)
+        if self.supernet is not None:
+            checkpoint["channels_sorted"] = self.channels_sorted
         if self.average is not None:
             checkpoint["average"] = self.average.state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the averaged weights."""
+        """Restore the averaged weights, and whether channels have their order already."""
+        self.channels_sorted = bool(checkpoint.get("channels_sorted", False))
         if self.average is not None:
             self.average.restore(checkpoint["average"])
 

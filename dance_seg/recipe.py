@@ -24,6 +24,7 @@ from dance_seg.network_slimming.schedule import NetworkSlimming
 from dance_seg.options import Optimizer, Tracking, Training, plain
 from dance_seg.part import Part
 from dance_seg.plain_data import MAX_DEPTH, parse_yaml, write_yaml
+from dance_seg.supernet.sampling import Sampling
 
 MAX_BYTES = 1 << 20  # no honest recipe is larger
 MAX_BATCH = 1 << 16  # images
@@ -49,6 +50,7 @@ class Recipe:
     optimizer: Optimizer = field(default_factory=Optimizer)
     data_slimming: DataSlimming | None = None
     network_slimming: NetworkSlimming | None = None
+    supernet: Sampling | None = None  # which networks of a supernet each step trains; absent: its largest alone
     early_exit: EarlyExit | None = None  # how the exits of a model that has some learn; absent: all alike
     distillation: OnlineDistillation | None = None  # the model follows a video, and `data` names the video
     teacher: Part | None = None  # who labels the key frames of that video
@@ -153,7 +155,41 @@ def check_recipe(recipe: Recipe) -> None:
         )
     if cuts is not None and recipe.trainer.max_epochs < 2:
         raise ValueError("trainer.max_epochs is 1: network_slimming cuts between two epochs, so there must be two")
+    _check_supernet(recipe)
     _check_stream(recipe)
+
+
+def _check_supernet(recipe: Recipe) -> None:
+    """Refuse what does not go with training many networks at once."""
+    options = recipe.supernet
+    if options is None:
+        return
+    if recipe.network_slimming is not None:
+        raise ValueError(
+            "network_slimming has no place beside supernet, whose smaller networks are its slimmed ones; take one of "
+            "the sections out"
+        )
+    if recipe.trainer.compile or recipe.trainer.execution == "auto":
+        raise ValueError(
+            "trainer.compile and trainer.execution=auto have no place beside supernet, of which each step would be "
+            "compiled anew; set compile: false and execution: given"
+        )
+    ranks = recipe.trainer.devices * recipe.trainer.num_nodes
+    if options.method == "single" and ranks > 1:
+        raise ValueError(
+            "supernet.method is single, which leaves weights without a gradient, and ranks would wait for them; set "
+            "trainer.devices=1, or another method"
+        )
+    networks = 1 + options.smallest + options.drawn
+    images = recipe.data.args.get("batch_size", 8) // ranks
+    if options.method == "multi_architectural" and images % networks:
+        fitting = [num for num in range(1, images + 1) if images % num == 0]
+        drawn = max([num - 1 - options.smallest for num in fitting if num <= networks] + [0])
+        raise ValueError(
+            f"supernet.drawn is {options.drawn}, so that {networks} networks share a batch of {images} images (of one "
+            f"device), which does not divide; set supernet.drawn={drawn}, or data.args.batch_size to "
+            f"{ranks * networks * max(1, round(images / networks))}"
+        )
 
 
 def _check_stream(recipe: Recipe) -> None:
@@ -181,7 +217,7 @@ def _check_stream(recipe: Recipe) -> None:
             "there is no teacher to learn from; name one, such as teacher: {name: checkpoint, args: {run: runs/...}} "
             "or teacher: {name: train, args: {recipe: recipes/...}}"
         )
-    for section in ("data_slimming", "network_slimming"):
+    for section in ("data_slimming", "network_slimming", "supernet"):
         if getattr(recipe, section) is not None:
             raise ValueError(
                 f"{section} has no place beside distillation, where nothing is trained in epochs; take it out (a "

@@ -139,7 +139,9 @@ def tags_of(config: Mapping[str, Any]) -> list[str]:
     ['data_slimming', 'camvid', 'smp', 'fpn']
     """
     methods = [
-        name for name in ("data_slimming", "network_slimming", "distillation") if config.get(name) is not None
+        name
+        for name in ("data_slimming", "network_slimming", "supernet", "distillation")
+        if config.get(name) is not None
     ] or ["dense"]
     methods += ["dance"] if methods == ["data_slimming", "network_slimming"] else []
     data, model = (config.get(key) or {} for key in ("data", "model"))

@@ -18,10 +18,11 @@ RANKS = {
     "distillation": 3,  # labels by inference, scores by consistency; for recipe and report
     "checkpoint": 2, "background": 2.5, "checkpoint_io": 3,
     "tracking": 3, "metrics_file": 1, "module": 3, "callbacks": 3,
-    "calibration": 4,
+    "calibration": 4, "subnet_scores": 4.5,
     "recipe": 4, "report": 4,
     "execution": 5, "run_folder": 5, "build": 6,
     "file_metadata": 6, "onnx_tools": 6,
+    "found_network": 7,
     "export": 7, "export_exits": 7.5, "predict": 8,
     "teachers": 8, "stream_pictures": 9, "stream": 10,
 }  # fmt: skip

@@ -47,6 +47,7 @@ REPRESENTATIVES = {
     "folder_dense",
     "camvid_ranet",
     "shapes_basisnet",
+    "shapes_multi_stage",
     "camvid_dance_segformer",
 }
 

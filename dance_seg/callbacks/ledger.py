@@ -15,6 +15,8 @@ from dance_seg.distributed import gather, rank
 from dance_seg.machine import write_text
 from dance_seg.module import write_figures
 from dance_seg.sample import Batch
+from dance_seg.supernet.macs import StepMacs, SubnetMacs
+from dance_seg.supernet.space import Subnet
 
 Images = TypeVar("Images", Tensor, tuple[Tensor, Tensor])
 
@@ -26,6 +28,7 @@ class CostLedger(Callback):
         self.ledger = Ledger()
         self.folder = folder
         self._macs: MacsPerSize | None = None
+        self._of_subnets: SubnetMacs | None = None  # of a supernet whose networks run one after another
         self._taught_at: dict[tuple[int, int], int] = {}  # MACs of the teacher, by size
         self._inference_sizes: dict[tuple[int, int], float] | None = None
         self._mark = 0.0
@@ -41,6 +44,8 @@ class CostLedger(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Charge what came before the first step, once."""
         self._macs = MacsPerSize(pl_module.model)
+        if pl_module.supernet is not None and pl_module.supernet.method != "multi_architectural":
+            self._of_subnets = SubnetMacs(pl_module.model)
         if trainer.global_step == 0:
             for kind, seconds in trainer.datamodule.charges.items():  # type: ignore[attr-defined]
                 self.ledger.add(kind, seconds=seconds)
@@ -48,15 +53,14 @@ class CostLedger(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """Charge a step: MACs at its size, and the seconds since the last one, waiting for data included."""
-        assert self._macs is not None
         images, (height, width) = len(batch.weights), batch.images.shape[-2:]
-        cost = self._macs((height, width))
+        cost = self._step_macs(pl_module.last_subnets, (int(height), int(width)), images)
         now = time.perf_counter()
         self.ledger.add_step(
             images=images,
             pixels=images * height * width,
-            macs_forward=images * cost.forward_macs,
-            macs_backward=images * cost.backward_macs,
+            macs_forward=cost.forward,
+            macs_backward=cost.backward,
             seconds=now - self._mark,
             decodes=batch.decodes,
         )
@@ -64,6 +68,15 @@ class CostLedger(Callback):
             taught = self._teacher_macs((int(height), int(width)), pl_module.teacher)
             self.ledger.add("teacher", seconds=0.0, macs=images * taught)
         self._mark = now
+
+    def _step_macs(self, subnets: Sequence[Subnet], size: tuple[int, int], images: int) -> StepMacs:
+        """What all that ran in a step cost: the network, or those of a supernet that ran one after another."""
+        assert self._macs is not None
+        if self._of_subnets is None:
+            cost = self._macs(size)
+            return StepMacs(images * cost.forward_macs, images * cost.backward_macs)
+        each = [self._of_subnets.training(subnet, size, images) for subnet in subnets]
+        return StepMacs(sum(macs.forward for macs in each), sum(macs.backward for macs in each))
 
     def _teacher_macs(self, size: tuple[int, int], teacher: nn.Module) -> int:
         if size not in self._taught_at:

@@ -7,6 +7,7 @@ the last exit's logits where they teach.
 import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from dance_seg.early_exit.exits import Outputs
@@ -60,3 +61,16 @@ def exit_losses(
             total = total + options.self_distillation * soft_label_loss(logits, last, labels_NHW, options.temperature)
     assert isinstance(total, Tensor)
     return total, each
+
+
+def distance_from_teacher(
+    output: Outputs | Tensor, soft_NCHW: Tensor, labels_NHW: Tensor, temperature: float
+) -> Tensor:
+    """How far each image's logits (N,) are from a teacher's soft labels, the mean over the exits."""
+    exits = logits_of_exits(output)
+    return torch.stack([soft_label_loss(logits, soft_NCHW, labels_NHW, temperature) for logits in exits]).mean(0)
+
+
+def logits_of_exits(output: Outputs | Tensor) -> tuple[Tensor, ...]:
+    """The logits of every exit, shallow to deep; of the only one where there is one."""
+    return output.logits if isinstance(output, Outputs) else (output,)

@@ -10,7 +10,7 @@ from dance_seg.models.multi_stage import MultiStage, MultiStageSupernet
 from dance_seg.models.ranet import RANet
 from dance_seg.models.smp import SmpModel
 from dance_seg.models.smp_exits import SmpWithExits
-from dance_seg.models.vit_resnas import VitResNas
+from dance_seg.models.vit_resnas import VitResNas, vit_resnas
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "smp": SmpModel,  # every architecture and encoder of segmentation-models-pytorch
@@ -19,7 +19,11 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "ranet": RANet,  # sub-networks from low to high resolution, each giving a mask
     "basisnet": BasisNet,  # a light preview, and the specialist that it mixes from basis kernels
     "multi_stage": MultiStage,  # stages are slices of the width, a mask after each
-    "multi_stage_supernet": MultiStageSupernet,  # all of those in one; trains as its largest
-    "vit_resnas": VitResNas,  # a transformer with residual spatial reduction; a supernet that trains as its largest
+    "multi_stage_supernet": MultiStageSupernet,  # all of those in one
+    "vit_resnas": vit_resnas,  # a transformer with residual spatial reduction
+    "vit_resnas_supernet": VitResNas,  # all of those in one
 }
 """All of them take images of any size."""
+
+NETWORK_OF = {"multi_stage_supernet": "multi_stage", "vit_resnas_supernet": "vit_resnas"}
+"""What a network taken out of a supernet is called; it takes the supernet's arguments, and `subnet` besides."""

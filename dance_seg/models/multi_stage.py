@@ -24,7 +24,7 @@ Heads: 1x1 convolutions of what a stage sees at strides 8, 16 and 32, added up a
 resolution is that of the images as the network sees them; masks have the images' own size.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from dance_seg.early_exit.exits import ExitNetwork, State
 from dance_seg.models.smp import pad_to
 from dance_seg.supernet.elastic import ElasticBatchNorm2d, ElasticConv2d, activated, check_belongs, copy_chosen, reorder
-from dance_seg.supernet.space import SearchSpace, Subnet, Value
+from dance_seg.supernet.space import SearchSpace, Subnet, Value, named_subnet
 
 STAGES = 3
 STRIDES = (8, 16, 32)
@@ -117,6 +117,28 @@ def rounded_up(channels: float) -> int:
     return 8 * int(-(-channels // 8))
 
 
+class BlockShape(NamedTuple):
+    """One block that a network has."""
+
+    stage: int  # from 0
+    level: int
+    visible: int  # channels that its first convolution reads
+    channels: int  # that its second one makes
+    kernel: int  # of the first
+    inner: list[int]  # channels that the second one reads, of each stage up to its own
+
+
+def every_block(size: str, subnet: Subnet) -> Iterator[BlockShape]:
+    """The blocks of a network, stage by stage."""
+    shapes = shapes_of(size, subnet)
+    for stage in range(STAGES):
+        for level, channels in enumerate(SIZES[size].levels):
+            of_stages = [shape[level] for shape in shapes[: stage + 1]]
+            for position in range(of_stages[-1].depth):
+                inner = inner_widths(of_stages, position)
+                yield BlockShape(stage, level, (stage + 1) * channels, channels, of_stages[-1].kernel, inner)
+
+
 class MultiStage(ExitNetwork):
     """One network of the space, of plain layers: images (N, 3, H, W), normalised -> logits (N, C, H, W), any H and W.
 
@@ -143,14 +165,7 @@ class MultiStage(ExitNetwork):
         super().__init__()
         self.space = space_of(size)
         self.num_classes, self.size = num_classes, size
-        if subnet is not None and not isinstance(subnet, Mapping):
-            raise ValueError(
-                f"model.args.subnet is {subnet!r}; give a value for each of {', '.join(self.space.values)}"
-            )
-        try:
-            self._active = self.space.largest if subnet is None else self.space.subnet(subnet)
-        except ValueError as error:
-            raise ValueError(f"model.args.subnet: {error}") from None
+        self._active = named_subnet(self.space, subnet)
         shapes = shapes_of(size, self._active)
         half, quarter = SIZES[size].stem
         self.stem = nn.Sequential(
@@ -168,11 +183,7 @@ class MultiStage(ExitNetwork):
 
     def seen_size(self, height: int, width: int) -> tuple[int, int]:
         """The size (H, W) at which the network sees images that are padded to height x width: resolution times them."""
-        resolution = self._active["resolution"]
-        rows, columns = (
-            max(self.minimum_size, self.stride * int(side * resolution / self.stride + 0.5)) for side in (height, width)
-        )
-        return rows, columns
+        return seen_size((height, width), self._active["resolution"], self.minimum_size, self.stride)
 
     def begin(self, images: Tensor) -> State:
         """The stem's features of the images at the network's resolution; no stage has made anything yet."""
@@ -224,6 +235,26 @@ class MultiStageSupernet(MultiStage):
         for layer in self.modules():
             if isinstance(layer, ElasticBatchNorm2d):
                 layer.choose(layer.channels, keeps_statistics=subnet == self.space.largest)
+
+    def like_largest(self, subnet: Subnet) -> Subnet:
+        """The largest network of the same resolution."""
+        return self.space.subnet({**self.space.largest.as_record(), "resolution": subnet["resolution"]})
+
+    def choice_macs(self, subnet: Subnet, size: tuple[int, int]) -> list[int]:
+        """The MACs of one image (H, W) in the blocks of each stage of a network."""
+        rows, columns = seen_size(self.padded_size(*size), subnet["resolution"], self.minimum_size, self.stride)
+        macs = [0] * STAGES
+        for stage, level, visible, channels, kernel, inner in every_block(self.size, subnet):
+            pixels = rows // STRIDES[level] * (columns // STRIDES[level])
+            macs[stage] += pixels * (kernel**2 * visible * inner[-1] + 9 * sum(inner) * channels)
+        return macs
+
+    def step_choice_macs(self, subnet: Subnet, size: tuple[int, int], images: int) -> tuple[int, int]:
+        """Those of a training step, forward and backward, and once those of making smaller kernels of larger ones."""
+        macs = images * sum(self.choice_macs(subnet, size))
+        for _, _, visible, _, kernel, inner in every_block(self.size, subnet):
+            macs += sum(smaller**4 for smaller in KERNELS[:-1] if smaller >= kernel) * visible * inner[-1]
+        return macs, 2 * macs
 
     def extract(self, subnet: Subnet) -> MultiStage:
         """A network of the space on its own, with copies of the weights, on the same device and in the same mode.
@@ -355,6 +386,16 @@ class Level(nn.Module):
         self.depth = shapes[-1].depth
         for position, block in enumerate(self.blocks[: self.depth]):
             block.choose(shapes[-1].kernel, inner_widths(shapes, position))
+
+
+def seen_size(size: tuple[int, int], resolution: Value, minimum: int, stride: int) -> tuple[int, int]:
+    """A size (H, W) times the resolution, to the nearest multiple of the stride, at least the minimum.
+
+    >>> seen_size((160, 192), 0.5, 64, 32)
+    (96, 96)
+    """
+    rows, columns = (max(minimum, stride * int(side * resolution / stride + 0.5)) for side in size)
+    return rows, columns
 
 
 def inner_widths(shapes: Sequence[LevelShape], position: int) -> list[int]:

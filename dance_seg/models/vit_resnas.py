@@ -37,7 +37,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from functools import partial
 from itertools import pairwise
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -59,7 +59,7 @@ from dance_seg.supernet.prefix import (
     prefix_mask,
     remove_masks,
 )
-from dance_seg.supernet.space import SearchSpace, Subnet, Value
+from dance_seg.supernet.space import SearchSpace, Subnet, Value, named_subnet
 
 STAGES = 3
 REDUCED_STRIDE = 32  # to which keys and values are averaged
@@ -176,6 +176,11 @@ class VitResNas(nn.Module):
         self.active = self.space.largest
 
     @property
+    def measured_whole(self) -> tuple[type[nn.Module], ...]:
+        """What a latency table measures as one part: attention, whose products are no modules."""
+        return (Attention,)
+
+    @property
     def stride(self) -> int:
         """What height and width are padded to a multiple of."""
         return self.network.stride
@@ -232,6 +237,21 @@ class VitResNas(nn.Module):
         masks = self.network.masks([sizes_of(subnet) for subnet in wanted])
         place_masks(masks, next(self.parameters()).device)
 
+    def like_largest(self, subnet: Subnet) -> Subnet:
+        """The largest network: nothing that is chosen changes anything but channels and blocks."""
+        return self.space.largest
+
+    def choice_macs(self, subnet: Subnet, size: tuple[int, int]) -> list[int]:
+        """The MACs of one image (H, W) in all that has a network's channels."""
+        sizes = sizes_of(subnet)
+        return [self.network.choice_macs(sizes, size) + self.network.table_macs(sizes, size)]
+
+    def step_choice_macs(self, subnet: Subnet, size: tuple[int, int], images: int) -> tuple[int, int]:
+        """Those of a training step, forward and backward; tables of positions are resized once for all images."""
+        sizes = sizes_of(subnet)
+        macs, tables = images * self.network.choice_macs(sizes, size), self.network.table_macs(sizes, size)
+        return macs + tables, 2 * macs + tables
+
     def extract(self, subnet: Subnet | None = None) -> "ResNasNetwork":
         """A network of this subnet's size, with its own copy of the weights and plain layers; None is the active one.
 
@@ -246,6 +266,34 @@ class VitResNas(nn.Module):
             self.activate(active)
             if masks:
                 self.set_masks(masks)
+
+
+def vit_resnas(
+    num_classes: int,
+    size: Literal["tiny", "small"] = "tiny",
+    subnet: Mapping[str, Any] | None = None,
+    *,
+    stride: Literal[4, 8] = 8,
+    attention: AttentionKind = "reduced",
+    residual_reduction: bool = True,
+    drop_path: float | None = None,
+) -> "ResNasNetwork":
+    """One network of the space, of plain layers; `subnet` maps every choice to a value, by default it is the largest.
+
+    Everything else is as of the supernet. Raises ValueError for other choices and values.
+
+    >>> sum(weight.numel() for weight in vit_resnas(5).parameters()) > 4_000_000
+    True
+    """
+    supernet = VitResNas(
+        num_classes,
+        size,
+        stride=stride,
+        attention=attention,
+        residual_reduction=residual_reduction,
+        drop_path=drop_path,
+    )
+    return supernet.extract(named_subnet(supernet.space, subnet))
 
 
 # The space --------------------------------------------------------------------------------------------------------
@@ -381,6 +429,33 @@ class ResNasNetwork(nn.Module):
     def padded_size(self, height: int, width: int) -> tuple[int, int]:
         """The size (H, W) at which the network runs on an image of height x width."""
         return padded_size((height, width), self.stride)
+
+    def choice_macs(self, sizes: Sizes, size: tuple[int, int]) -> int:
+        """The MACs of one image (H, W) in all layers whose channels are chosen, at the sizes given."""
+        channels = [blocks[0].channels for blocks in sizes]
+        tokens = [rows * columns for rows, columns in self.grids(size)]
+        first = self.embedding.project
+        macs = tokens[0] * first.kernel_size[0] ** 2 * first.in_channels * channels[0]
+        for stage, (given, made) in enumerate(pairwise(channels), start=1):
+            macs += tokens[stage] * 9 * given * made
+        for stage, place, block in self.every_block():
+            macs += block.choice_macs(sizes[stage][place], tokens[stage])
+        return macs + sum(number * given for number, given in zip(tokens, channels, strict=True)) * self.head.width
+
+    def table_macs(self, sizes: Sizes, size: tuple[int, int]) -> int:
+        """The MACs of resizing the tables of positions bicubically for images (H, W), where they are resized."""
+        tables = [self.embedding.position, *(reduction.position for reduction in self.reductions)]
+        return sum(
+            16 * rows * columns * blocks[0].channels
+            for table, (rows, columns), blocks in zip(tables, self.grids(size), sizes, strict=True)
+            if tuple(table.table.shape[-2:]) != (rows, columns)
+        )
+
+    def grids(self, size: tuple[int, int]) -> list[tuple[int, int]]:
+        """Rows and columns of the tokens of each stage, for images (H, W)."""
+        rows, columns = self.padded_size(*size)
+        stride = 2 * self.embedding.project.kernel_size[0]
+        return [(rows // (stride << stage), columns // (stride << stage)) for stage in range(STAGES)]
 
     def every_block(self) -> Iterator[tuple[int, int, "Block"]]:
         """Stage and place of every block, from 0, and the block."""
@@ -525,6 +600,12 @@ class Block(nn.Module):
         self.attention.keep(sizes)
         self.mlp.keep(sizes)
 
+    def choice_macs(self, sizes: BlockSizes, tokens: int) -> int:
+        """The MACs of so many tokens of one image; none in a block that is not there."""
+        if not sizes.exists:
+            return 0
+        return self.attention.choice_macs(sizes, tokens) + 2 * tokens * sizes.channels * sizes.mlp
+
     def masks(self, groups: Sequence[BlockSizes]) -> Masks:
         """The mask of every layer; a group without the block adds nothing to its tokens."""
         channels = prefix_mask([[sizes.channels] for sizes in groups], self.norm.sizes)
@@ -577,6 +658,12 @@ class Attention(nn.Module):
         self.key_value.keep((sizes.channels,), (2, *of_heads))
         self.project.keep(of_heads, (sizes.channels,))
 
+    def choice_macs(self, sizes: BlockSizes, tokens: int) -> int:
+        """The MACs of so many tokens: queries and what comes back of all, keys and values of those seen, products."""
+        width, keys = sizes.heads * sizes.head_dim, tokens // self.reduction**2
+        seen = keys if self.window is None else self.window**2
+        return 2 * tokens * sizes.channels * width + 2 * keys * sizes.channels * width + 2 * tokens * seen * width
+
     def masks(self, groups: Sequence[BlockSizes]) -> Masks:
         """Masks of the queries and of what attention takes. Keys need none: they meet queries that are zero.
 
@@ -621,6 +708,7 @@ class MlpHead(nn.Module):
         self.linears = nn.ModuleList(linears)  # type: ignore[assignment]
         self.hidden = nn.Sequential(nn.LayerNorm(channels), nn.GELU(), nn.Linear(channels, channels), nn.GELU())
         self.logits = nn.Linear(channels, num_classes)
+        self.width = channels
 
     def forward(self, levels: Sequence[Tensor]) -> Tensor:
         """Logits of what the stages made, finest first."""

@@ -11,7 +11,7 @@ train beside it. Those of any other network are taken anew (`dance_seg.supernet.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from dance_seg.supernet.space import SearchSpace, Subnet
 
 
+@runtime_checkable
 class Supernet(Protocol):
     """What a network that holds many looks like, beside being an nn.Module."""
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from math import prod
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,7 @@ from dance_seg.supernet.space import Subnet
 Layer = TypeVar("Layer", nn.LayerNorm, nn.Linear, nn.Conv2d)
 
 
+@runtime_checkable
 class MultiArchitectural(Protocol):
     """A supernet that can run several subnets in one pass.
 
@@ -59,22 +60,6 @@ def several_at_once(model: MultiArchitectural, subnets: Sequence[Subnet]) -> Ite
         model.activate(active)
         if masked:
             model.set_masks(masked)
-
-
-def num_architectures(batch_size: int, example_per_arch: int) -> int:
-    """How many subnets a batch trains, with so many images for each (on one rank). The published code takes 64 each.
-
-    Raises ValueError when they do not divide the batch.
-
-    >>> num_architectures(8, example_per_arch=2)
-    4
-    """
-    if example_per_arch < 1 or batch_size % example_per_arch:
-        raise ValueError(
-            f"a batch of {batch_size} images (data.args.batch_size, per rank) does not divide into groups of "
-            f"{example_per_arch} (example_per_arch); choose a divisor of the batch"
-        )
-    return batch_size // example_per_arch
 
 
 def prefix_mask(kept: Sequence[Sequence[int]], sizes: Sequence[int]) -> Tensor:

@@ -3,18 +3,30 @@
 Progressive shrinking (Once-for-All, arXiv 1908.09791): the largest network trains alone at first, then kernels, then
 depths, then widths are opened, in each the larger values first. The sandwich rule (US-Nets, arXiv 1903.05134): each
 step runs the largest network, the smallest and some drawn ones, so that every parameter has a gradient in every step.
+Multi-architectural sampling (ViT-ResNAS, arXiv 2109.00642): these networks share the batch, a group of images each, in
+one forward and one backward pass.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from dance_seg.randomness import Stream, generator
+from dance_seg.supernet.elastic import Supernet
+from dance_seg.supernet.prefix import MultiArchitectural
 from dance_seg.supernet.space import SearchSpace, Subnet, Value
+
+Method = Literal["sandwich", "multi_architectural", "single"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How many networks a step runs, and when which choices open.
+    """Which networks a step trains and how: the section `supernet` of a recipe.
+
+    `sandwich` runs the networks of a step one after another on the whole batch and takes the mean of their losses;
+    `multi_architectural` runs them in one pass, each on its share of the batch; `single`, the control, runs one drawn
+    network a step and the largest not at all.
 
     Training from `start` to `end` (progress) is shared evenly by the `phases`, and a phase by the values that it adds.
     A phase is the last part of the names of its choices: `kernel` opens `stage1.stride8.kernel`. Choices of no phase,
@@ -24,8 +36,12 @@ class Sampling:
     (0.3, 0.5)
     """
 
+    method: Method = "sandwich"
     drawn: int = 2  # networks drawn in each step, beside the largest and the smallest
     smallest: bool = True  # whether the smallest that is open runs in each step
+    distillation: float = 0.0  # sandwich: weight of the largest network's soft labels in the smaller ones' loss
+    temperature: float = 1.0  # of those soft labels
+    sort_channels: bool = True  # by importance, before narrower networks are opened, where the network can
     phases: tuple[str, ...] = ("kernel", "depth", "width")
     start: float = 0.1
     end: float = 0.6
@@ -33,11 +49,20 @@ class Sampling:
     def __post_init__(self) -> None:
         """Refuse values that cannot train; lists become tuples."""
         if self.drawn < 0:
-            raise ValueError(f"sampling.drawn is {self.drawn}: zero, or how many networks a step draws, such as 2")
+            raise ValueError(f"supernet.drawn is {self.drawn}: zero, or how many networks a step draws, such as 2")
         if not 0 <= self.start <= self.end <= 1:
-            raise ValueError(f"sampling needs 0 <= start <= end <= 1, got {self.start} and {self.end}")
+            raise ValueError(f"supernet needs 0 <= start <= end <= 1, got {self.start} and {self.end}")
         if len(set(self.phases)) < len(self.phases):
-            raise ValueError(f"sampling.phases {list(self.phases)} name a phase twice")
+            raise ValueError(f"supernet.phases {list(self.phases)} name a phase twice; name each once")
+        if not 0 <= self.distillation < math.inf:
+            raise ValueError(f"supernet.distillation is {self.distillation}: zero (off) or a weight, such as 1.0")
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"supernet.temperature is {self.temperature}: a positive number, such as 1.0")
+        if self.distillation and self.method != "sandwich":
+            raise ValueError(
+                f"supernet.distillation is {self.distillation} and supernet.method {self.method}: there the largest "
+                "network does not see the images that smaller ones learn from; set it to 0, or the method to sandwich"
+            )
         object.__setattr__(self, "phases", tuple(self.phases))
 
     def opens(self, phase: str) -> tuple[float, float]:
@@ -51,9 +76,33 @@ class Sampling:
         for phase in self.phases:
             if phase not in kinds:
                 raise ValueError(
-                    f"sampling.phases names {phase!r}, and no choice of this search space ends so; they end in "
+                    f"supernet.phases names {phase!r}, and no choice of this search space ends so; they end in "
                     f"{', '.join(sorted(kinds))}"
                 )
+
+
+def check_trains(options: Sampling, model: object) -> None:
+    """Raise ValueError unless a model is a supernet that these options train."""
+    if not isinstance(model, Supernet):
+        raise ValueError(
+            "supernet is given and the model is a single network; name a model that holds many, such as "
+            "multi_stage_supernet or vit_resnas_supernet, or take the section out"
+        )
+    if options.method == "multi_architectural" and not isinstance(model, MultiArchitectural):
+        raise ValueError(
+            "supernet.method is multi_architectural, and this model runs one network at a time; set it to sandwich, or "
+            "name vit_resnas_supernet"
+        )
+    options.check_fits(model.space)
+
+
+def sorts_now(options: Sampling, progress: float) -> bool:
+    """Whether channels should have been put in order by a progress: narrower networks begin to open.
+
+    >>> [sorts_now(Sampling(start=0.1, end=0.7), progress) for progress in (0.49, 0.5)]
+    [False, True]
+    """
+    return options.sort_channels and "width" in options.phases and progress >= options.opens("width")[0]
 
 
 def kind(name: str) -> str:
@@ -103,7 +152,7 @@ def open_values(values: tuple[Value, ...], opens: tuple[float, float], progress:
 def subnets_of_step(
     space: SearchSpace, options: Sampling, seed: int, global_step: int, progress: float
 ) -> tuple[Subnet, ...]:
-    """The networks of a step, the largest first; distinct, so they are fewer where less is open.
+    """The networks of a step, the largest first; distinct, so they are fewer where less is open. Of `single`, one.
 
     Depends on (seed, global_step, progress) and nothing else, so it is equal on all ranks, and resuming changes
     nothing. Raises ValueError for a phase that opens nothing of the space.
@@ -114,27 +163,18 @@ def subnets_of_step(
     """
     part = opened(space, options, progress)
     random = generator(seed, Stream.SUBNETS, global_step)
+    if options.method == "single":
+        return (part.sample(random),)
     drawn = [part.sample(random) for _ in range(options.drawn)]
     smallest = [part.smallest] if options.smallest else []
     return tuple(dict.fromkeys([space.largest, *smallest, *drawn]))
 
 
-def even_groups(subnets: Sequence[Subnet], batch_size: int, per_arch: int) -> tuple[int, ...]:
-    """Which network each example of a batch runs in, as its place in `subnets`, when several run in one pass.
+def sharing(subnets: Sequence[Subnet], batch_size: int) -> tuple[Subnet, ...]:
+    """The first networks, as many as can share a batch evenly, for one pass over neighbouring groups of images.
 
-    Neighbouring examples form groups of `per_arch` (the last may be smaller), and groups are shared evenly by the
-    networks: ViT-ResNAS's multi-architectural sampling. Raises ValueError when a network would get no example.
-
-    >>> one, other = Subnet((("width", 8),)), Subnet((("width", 16),))
-    >>> even_groups([one, other], batch_size=8, per_arch=2)
-    (0, 0, 0, 0, 1, 1, 1, 1)
+    >>> one, other, third = (Subnet((("width", width),)) for width in (32, 16, 8))
+    >>> len(sharing([one, other, third], batch_size=9)), len(sharing([one, other, third], batch_size=8))
+    (3, 2)
     """
-    if per_arch < 1 or batch_size < 1:
-        raise ValueError(f"per_arch is {per_arch} and the batch has {batch_size} examples; each at least 1")
-    groups = -(-batch_size // per_arch)
-    if not 1 <= len(subnets) <= groups:
-        raise ValueError(
-            f"{len(subnets)} networks and {groups} groups: {batch_size} examples with per_arch {per_arch} are for 1 to "
-            f"{groups} networks; draw fewer, lower per_arch, or raise the batch size"
-        )
-    return tuple(example // per_arch * len(subnets) // groups for example in range(batch_size))
+    return tuple(subnets[: max(num for num in range(1, len(subnets) + 1) if batch_size % num == 0)])

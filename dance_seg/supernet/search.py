@@ -299,10 +299,11 @@ class Window:
         below = max((price for price in self.costs.values() if price < self.low), default=None)
         above = min((price for price in self.costs.values() if price > self.high), default=None)
         nearest = " and ".join(f"{price:.6g}" for price in (below, above) if price is not None)
+        closest = min(self.costs, key=self.distance)
         return ValueError(
             f"no network of this space was found that costs between {self.low:.6g} and {budget}; the nearest costs are "
             f"{nearest}, the smallest network's is {smallest:.6g} and the largest's {largest:.6g}: give a budget that "
-            "a network meets, or a smaller `lowest`"
+            f"a network meets, or a smaller `lowest`; the nearest network costs {self.costs[closest]:.6g}: {closest}"
         )
 
 

@@ -147,3 +147,21 @@ class SearchSpace:
     def fingerprint(self) -> str:
         """A name of the space that changes with its choices, for files that must belong to it."""
         return hashlib.sha256(json.dumps(self.as_record()).encode()).hexdigest()[:16]
+
+
+def named_subnet(space: SearchSpace, given: object) -> Subnet:
+    """The network that a recipe's `model.args.subnet` names; the largest where it names none.
+
+    Raises ValueError for anything that is not a value for each choice of the space.
+
+    >>> str(named_subnet(SearchSpace({"width": (16, 32)}), {"width": 16}))
+    'width=16'
+    """
+    if given is None:
+        return space.largest
+    if not isinstance(given, Mapping):
+        raise ValueError(f"model.args.subnet is {given!r}; give a value for each of {', '.join(space.values)}")
+    try:
+        return space.subnet(given)
+    except ValueError as error:
+        raise ValueError(f"model.args.subnet: {error}") from None

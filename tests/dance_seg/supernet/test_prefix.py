@@ -16,7 +16,6 @@ from dance_seg.supernet.prefix import (
     make_plain,
     masked,
     masked_layer_norm,
-    num_architectures,
     place_masks,
     prefix_mask,
     remove_masks,
@@ -46,13 +45,6 @@ def test_images_of_one_group_follow_one_another() -> None:
     features = torch.ones(6, 2, 2, 3)
     kept = masked(features, prefix_mask([[1], [2], [3]], [3]))
     assert kept.sum((1, 2, 3)).tolist() == [4, 4, 8, 8, 12, 12]
-
-
-def test_groups_are_the_batch_over_the_examples_of_each() -> None:
-    assert num_architectures(128, example_per_arch=64) == 2
-    for examples in (3, 0):
-        with pytest.raises(ValueError, match=r"data\.args\.batch_size.*example_per_arch"):
-            num_architectures(8, examples)
 
 
 def test_a_mask_that_keeps_everything_is_not_set() -> None:

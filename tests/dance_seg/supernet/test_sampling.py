@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from dance_seg.supernet.sampling import Sampling, even_groups, opened, subnets_of_step
+from dance_seg.supernet.sampling import Sampling, opened, sharing, sorts_now, subnets_of_step
 from dance_seg.supernet.space import SearchSpace, Subnet, Value
 
 SPACE = SearchSpace(
@@ -91,15 +91,28 @@ def test_phases_without_length_open_everything_at_once() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"drawn": -1}, "sampling.drawn is -1"),
+        ({"drawn": -1}, "supernet.drawn is -1"),
         ({"start": 0.7, "end": 0.2}, "0 <= start <= end <= 1, got 0.7 and 0.2"),
         ({"end": 1.5}, "got 0.1 and 1.5"),
         ({"phases": ("width", "width")}, "name a phase twice"),
+        ({"distillation": -1.0}, "supernet.distillation is -1.0: zero"),
+        ({"temperature": 0.0}, "supernet.temperature is 0.0: a positive number"),
+        (
+            {"distillation": 1.0, "method": "multi_architectural"},
+            "does not see the images that smaller ones learn from",
+        ),
     ],
 )
 def test_options_that_cannot_train_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Sampling(**options)
+
+
+def test_channels_are_sorted_when_narrower_networks_open_and_not_without_such_a_phase() -> None:
+    assert not sorts_now(OPTIONS, 0.49)
+    assert sorts_now(OPTIONS, 0.5)
+    assert not sorts_now(Sampling(sort_channels=False), 1.0)
+    assert not sorts_now(Sampling(phases=("kernel",)), 1.0)
 
 
 def test_a_phase_that_opens_nothing_is_refused_by_name() -> None:
@@ -112,42 +125,17 @@ def subnets(count: int) -> list[Subnet]:
     return [Subnet((("width", 8 * number),)) for number in range(count)]
 
 
-@pytest.mark.parametrize(
-    ("count", "batch_size", "per_arch", "expected"),
-    [
-        (4, 8, 2, (0, 0, 1, 1, 2, 2, 3, 3)),
-        (2, 8, 2, (0, 0, 0, 0, 1, 1, 1, 1)),
-        (3, 8, 2, (0, 0, 0, 0, 1, 1, 2, 2)),  # four groups for three networks
-        (2, 3, 2, (0, 0, 1)),
-        (1, 5, 8, (0, 0, 0, 0, 0)),
-    ],
-)
-def test_groups_are_shared_evenly(count: int, batch_size: int, per_arch: int, expected: tuple[int, ...]) -> None:
-    assert even_groups(subnets(count), batch_size, per_arch) == expected
-
-
-def test_no_group_is_split_and_no_network_left_out() -> None:
+def test_as_many_networks_share_a_batch_as_divide_it() -> None:
     for batch_size in range(1, 20):
-        for per_arch in range(1, 5):
-            groups = -(-batch_size // per_arch)
-            for count in range(1, groups + 1):
-                found = even_groups(subnets(count), batch_size, per_arch)
-                starts = range(0, batch_size, per_arch)
-                assert all(len(set(found[start : start + per_arch])) == 1 for start in starts)
-                of_groups = Counter(found[start] for start in starts)
-                assert set(of_groups) == set(range(count))
-                assert max(of_groups.values()) - min(of_groups.values()) <= 1
+        for count in range(1, 8):
+            found = sharing(subnets(count), batch_size)
+            assert found == tuple(subnets(count)[: len(found)])
+            assert batch_size % len(found) == 0
+            assert all(batch_size % more for more in range(len(found) + 1, count + 1))
 
 
-@pytest.mark.parametrize(
-    ("count", "batch_size", "per_arch", "message"),
-    [
-        (5, 8, 2, "5 networks and 4 groups: 8 examples with per_arch 2"),
-        (0, 8, 2, "0 networks"),
-        (1, 8, 0, "per_arch is 0"),
-        (1, 0, 2, "batch has 0 examples"),
-    ],
-)
-def test_groups_that_cannot_be_are_refused(count: int, batch_size: int, per_arch: int, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        even_groups(subnets(count), batch_size, per_arch)
+def test_the_control_runs_one_drawn_network() -> None:
+    options = Sampling(method="single", start=0.0, end=0.0)
+    found = {subnets_of_step(SPACE, options, 0, step, 0.5) for step in range(50)}
+    assert {len(networks) for networks in found} == {1}
+    assert len(found) > 40
