@@ -10,7 +10,7 @@ ARGS ?=
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n auto --maxprocesses 8 --doctest-modules dance_seg datamodules tests
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo adaptive distill four-rows test test-all chaos fuzz check format goldens train clean
+.PHONY: help setup demo adaptive search distill four-rows test test-all chaos fuzz check format goldens train clean
 
 help:  ## list the targets
 	@grep -hE '^[a-zA-Z_%-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-22s %s\n", $$1, $$2}'
@@ -32,6 +32,13 @@ adaptive: setup  ## a network whose easy images stop early: trained, calibrated,
 	$(RUN) -m tools.train recipes/shapes_ranet.yaml $(ARGS)
 	$(RUN) -m tools.calibrate runs/shapes_ranet --budget 0.5 --score mean
 	$(RUN) -m tools.evaluate runs/shapes_ranet --split test
+
+search: setup  ## a family of networks trained at once, the best within a budget found and trained on, on drawn scenes (under 8 minutes)
+	$(RUN) -m tools.train recipes/shapes_multi_stage.yaml $(ARGS)
+	$(RUN) -m tools.search runs/shapes_multi_stage --budget-macs 1e8 --initial 24 --iterations 4 --children 12 --control
+	$(RUN) -m tools.train runs/shapes_multi_stage_found/recipe.yaml trainer.max_epochs=8 optimizer.lr=5e-4 $(ARGS)
+	$(RUN) -m tools.calibrate runs/shapes_multi_stage_found_trained --budget-macs 1e8
+	$(RUN) -m tools.evaluate runs/shapes_multi_stage_found_trained --split test
 
 distill: setup  ## a student follows a drawn street, taught by a small teacher (under 5 minutes on 2 cores)
 	$(RUN) -m tools.distill_video recipes/video_shapes.yaml $(ARGS)
@@ -67,7 +74,7 @@ train: setup  ## train RECIPE=recipes/... with ARGS="key=value ..."
 train-%: setup  ## train recipes/%.yaml, such as make train-camvid_data_slimming ARGS="data.args.root=DIR"
 	$(RUN) -m tools.train recipes/$*.yaml $(ARGS)
 
-bench-%: setup  ## measure a benchmark: pipeline, complexity, evaluator, epoch, slimming, adaptive, export, startup, distill or durability
+bench-%: setup  ## measure a benchmark: pipeline, complexity, evaluator, epoch, slimming, adaptive, supernet, export, startup, distill or durability
 	$(RUN) -m tools.bench.$* $(ARGS)
 
 four-rows: setup  ## dense, data, network, both and their controls on CamVid: ROOT=DIR ARGS="--seeds 0 1 key=value ..." (hours)

@@ -48,6 +48,7 @@ from dance_seg.network_slimming.structure import restructure
 from dance_seg.part import Part, build_part
 from dance_seg.recipe import Recipe, load_recipe, recipe_from_record, recipe_record, save_recipe, with_execution
 from dance_seg.run_folder import is_main, note, notes, open_folder, run_id
+from dance_seg.supernet.elastic import ElasticBatchNorm2d
 from dance_seg.tracking import GuardedWandbLogger, JsonlLogger, guarded_wandb_logger
 
 if TYPE_CHECKING:
@@ -93,6 +94,11 @@ def build_module(recipe: Recipe, model: nn.Module, datamodule: "SegmentationData
             "section out"
         )
     options = recipe.trainer
+    if options.sync_batchnorm and any(isinstance(layer, ElasticBatchNorm2d) for layer in model.modules()):
+        raise ValueError(
+            f"trainer.sync_batchnorm replaces BatchNorm layers, and those of {recipe.model.name} run at several "
+            "widths; set it to false"
+        )
     if options.channels_last:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     module = SegmentationModule(

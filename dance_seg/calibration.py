@@ -151,9 +151,11 @@ def calibrate(
     unit: Unit = "macs",
     how: How = "direct",
     policy: ExitPolicy | None = None,
+    is_share: bool = True,
 ) -> tuple[Calibration, ExitsOfSplit]:
     """Thresholds whose average cost on the split is at most `budget` times that of the whole network.
 
+    Where the budget is no share it is a cost in the unit; more than the whole network's is spent by the last exit.
     `policy` gives the score; its thresholds are chosen here. Raises ValueError for a budget that no thresholds meet.
     """
     if unit not in get_args(Unit):
@@ -161,6 +163,8 @@ def calibrate(
     policy = policy or ExitPolicy()
     found = exits_of_split(model, datamodule, split, policy)
     costs = {"macs": path_costs(model, found.size), "milliseconds": path_milliseconds(model, found.size)}
+    if not is_share:
+        budget = 1.0 if budget > costs[unit].full else budget / costs[unit].full
     check_share(budget, costs[unit])
     table = found.table(costs[unit])
     policy = replace(policy, thresholds=solve(table, budget * costs[unit].full, how, spend=0.97))

@@ -98,6 +98,16 @@ def test_a_calibrated_checkpoint_stops_after_a_reload_and_trains_on(trained, net
     assert all(torch.equal(before["state_dict"][name], after["state_dict"][name]) for name in before["state_dict"])
 
 
+def test_a_budget_may_be_a_cost(trained, network):
+    model, datamodule = network[0], trained[1]
+    full, policy = path_costs(model, (64, 64)).full, ExitPolicy(score="mean")
+    shares = {}
+    for budget in (0.7 * full, 5 * full):
+        calibration, _ = calibrate(model, datamodule, budget=budget, is_share=False, split="val", policy=policy)
+        shares[budget] = calibration.budget
+    assert list(shares.values()) == [pytest.approx(0.7), 1.0]
+
+
 def test_nobody_scores_on_the_images_that_thresholds_were_chosen_on(trained, network):
     _, datamodule = trained
     model, record, _ = network

@@ -146,6 +146,9 @@ def test_a_single_network_is_no_supernet_and_phases_must_open_something(tmp_path
     several = supernet_recipe("supernet.phases=[heads]", cache=tmp_path)
     with pytest.raises(ValueError, match="names 'heads', and no choice of this search space ends so"):
         build_module(several, build_model(several, 11), datamodule)
+    synchronised = supernet_recipe("trainer.sync_batchnorm=true", cache=tmp_path)
+    with pytest.raises(ValueError, match="those of multi_stage_supernet run at several widths; set it to false"):
+        build_module(synchronised, build_model(synchronised, 11), datamodule)
     alone = replace(several, supernet=Sampling(method="multi_architectural", phases=("kernel",)))
     with pytest.raises(ValueError, match="this model runs one network at a time"):
         build_module(alone, build_model(alone, 11), datamodule)

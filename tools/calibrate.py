@@ -1,7 +1,8 @@
 """Choose the thresholds of a network's exits for a budget: python -m tools.calibrate RUN --budget 0.5 [key=value ...].
 
-The budget is a share of what the whole network costs, in MACs or measured milliseconds. The thresholds go into the
-run's checkpoint; evaluate and predict stop by them from then on. Calibrate on a split that you do not report.
+The budget is a share of what the whole network costs, in MACs or measured milliseconds, or a number of MACs. The
+thresholds go into the run's checkpoint; evaluate and predict stop by them from then on. Calibrate on a split that you
+do not report.
 """
 
 import argparse
@@ -25,7 +26,9 @@ def arguments_parser() -> argparse.ArgumentParser:
     made = parser(__doc__ or "", figures=True)
     made.add_argument("run", metavar="RUN", type=Path, help="a run folder, such as runs/shapes_ranet")
     made.add_argument("overrides", metavar="key=value", nargs="*", help="such as data.args.root=DIR")
-    made.add_argument("--budget", type=float, required=True, help="share of the whole network's cost, such as 0.5")
+    budget = made.add_mutually_exclusive_group(required=True)
+    budget.add_argument("--budget", type=float, help="share of the whole network's cost, such as 0.5")
+    budget.add_argument("--budget-macs", metavar="N", type=float, help="MACs of an image on average, such as 1e8")
     made.add_argument("--unit", choices=UNITS, default="macs", help="what the budget counts; default: macs")
     made.add_argument("--split", default="val", help="train, held_out, val or test; default: val")
     made.add_argument("--checkpoint", default="best", help="best, last or a path; default: best")
@@ -53,6 +56,8 @@ def main() -> int:
     )
     model, record, path = load_run(arguments.run, arguments.checkpoint)
     recipe = recipe_from_record(record["recipe"], overrides=arguments.overrides)
+    if arguments.budget_macs is not None and arguments.unit != "macs":
+        raise ValueError(f"--budget-macs counts MACs, and --unit is {arguments.unit}; give --budget for a share of it")
     if not isinstance(model, ExitNetwork):
         raise ValueError(
             f"{arguments.run} trained {recipe.model.name}, which has one exit; train a network with exits, such as "
@@ -62,7 +67,8 @@ def main() -> int:
     calibration, found = calibrate(
         model,
         datamodule,
-        budget=arguments.budget,
+        budget=arguments.budget if arguments.budget_macs is None else arguments.budget_macs,
+        is_share=arguments.budget_macs is None,
         split=arguments.split,
         unit=arguments.unit,
         how=arguments.method,

@@ -34,6 +34,7 @@ from dance_seg.report.page import (
 from dance_seg.report.predictions import predictions
 from dance_seg.report.roofline import roofline
 from dance_seg.report.runs import Run, Validation, number, read_run, section
+from dance_seg.report.search import search
 from dance_seg.report.slimmed_data import complexity, image_losses, plan
 from dance_seg.report.widths import slimming
 
@@ -65,6 +66,7 @@ def report(run: Run) -> Page:
             image_losses(run),
             slimming(run),
             *([exits(run)] if has_exits(run) else []),
+            *([search(run)] if run.search else []),
             recipe(run),
             circumstances(run),
         ),

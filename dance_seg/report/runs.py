@@ -170,6 +170,7 @@ class Run:
     plan: WholePlan | None = None
     widths: Widths | None = None
     exits: Exits | None = None
+    search: Mapping[str, Any] = field(default_factory=dict)  # what a search of a supernet came to
     pictures: tuple[Picture, ...] = ()
     simplest: tuple[Thumbnail, ...] = ()
     most_complex: tuple[Thumbnail, ...] = ()
@@ -325,6 +326,7 @@ def read_run(folder: str | Path) -> Run:
         plan=_read_plan(folder / "plan.json"),
         widths=_read_widths(folder / "widths.json"),
         exits=_read_exits(folder / "calibration.json", folder / "pictures"),
+        search=read_json(folder / "search.json"),
         pictures=_pictures(folder / "pictures"),
         simplest=simplest,
         most_complex=most_complex,

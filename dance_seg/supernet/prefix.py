@@ -271,10 +271,6 @@ class DropPath(nn.Module):
         kept = torch.rand(len(branch), *(1,) * (branch.ndim - 1), device=branch.device) >= self.rate
         return kept.to(branch.dtype) / (1 - self.rate)
 
-    def extra_repr(self) -> str:
-        """The rate."""
-        return f"{self.rate:g}"
-
 
 class PrefixDropPath(DropPath):
     """The same, with the channels gone that an image's subnet does not have, all of them where it has no such block."""

@@ -32,6 +32,8 @@ def call(*words):
         (["tools.check_data", RECIPE, "data.args.root=/nowhere"], "/nowhere"),
         (["tools.compare", "runs/no_such_run"], "no_such_run"),
         (["tools.report", "runs/no_such_run"], "no_such_run"),
+        (["tools.search", "runs/no_such_run", "--budget-macs", "1e9"], "no_such_run"),
+        (["tools.search", "runs/no_such_run"], "there is no budget"),
         (["tools", "trian"], "choose one of"),
     ],
     ids=lambda value: " ".join(value)[:60] if isinstance(value, list) else None,

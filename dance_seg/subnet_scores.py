@@ -1,0 +1,272 @@
+"""What the networks of a trained supernet score and cost on a split: what a search asks of each.
+
+A network is taken out of the supernet with its inherited weights, gets statistics of its own from training images, and
+passes over the split once. Static performance is that of its last exit; dynamic performance that of thresholds which
+spend the budget best, chosen from what its exits say of the split, without running it again.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dance_seg.calibration import ExitsOfSplit, exits_of_batches
+from dance_seg.cost.latency import measure_latency
+from dance_seg.cost.macs import count_macs
+from dance_seg.early_exit.exits import ExitNetwork
+from dance_seg.early_exit.paths import PathCosts, Walked
+from dance_seg.early_exit.policy import ExitPolicy
+from dance_seg.inference import predict_labels
+from dance_seg.metrics import confusion_matrix, scores
+from dance_seg.normalise import normalise
+from dance_seg.randomness import Stream, generator
+from dance_seg.sample import Batch
+from dance_seg.supernet.elastic import ElasticBatchNorm2d, Supernet
+from dance_seg.supernet.latency_table import (
+    LatencyTable,
+    check,
+    conditions_here,
+    corrected,
+    load_table,
+    measure_table,
+    parts_of,
+    save_table,
+)
+from dance_seg.supernet.macs import SubnetMacs
+from dance_seg.supernet.recalibrate import recalibrate
+from dance_seg.supernet.search import Budget, judge_dynamic, reachable_cost
+from dance_seg.supernet.space import Subnet
+from dance_seg.supernet.storage import Scored
+
+if TYPE_CHECKING:
+    from datamodules.base import SegmentationDataModule
+
+Performance = Literal["static", "dynamic"]
+PATIENCE = 15
+"""After so many networks in a row without a part that was not measured, a latency table is complete enough."""
+
+CHECKED = 6
+"""Whole networks that a latency table is corrected by and checked on."""
+
+UNMEASURED_MS = 1e9
+"""What a network costs of which a part was not measured: more than any budget, so that it is left out, not guessed."""
+
+
+class JudgedSplit:
+    """The images that networks are judged on, kept in memory, and those that statistics are taken from.
+
+    `most` images at most are kept, evenly spread over the split. Raises ValueError for images of several sizes, whose
+    networks have no single cost.
+    """
+
+    def __init__(self, datamodule: "SegmentationDataModule", split: str, most: int | None = None) -> None:
+        self.split = split
+        self.num_classes = len(datamodule.classes)
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        total = len(datamodule.source(split))
+        wanted = set(np.linspace(0, total - 1, min(total, most or total)).round().astype(int).tolist())
+        loader = datamodule.evaluation_loader(split)
+        self.batches: list[Batch] = [batch for place, batch in enumerate(loader) if place in wanted]
+        sizes = {(batch.images.shape[-2], batch.images.shape[-1]) for batch in self.batches}
+        if len(sizes) > 1:
+            raise ValueError(
+                f"the images of {split} have {len(sizes)} sizes, and a network's cost depends on them; judge on images "
+                "of one size"
+            )
+        self.size: tuple[int, int] = sizes.pop()
+        self.statistics: list[Tensor] = list(datamodule.statistics_batches())
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the images that are kept."""
+        return [name for batch in self.batches for name in batch.names]
+
+    @torch.inference_mode()
+    def miou(self, network: nn.Module) -> float:
+        """The mIoU, in points, of a network in evaluation: of its last exit, where it has several."""
+        network = network.to(self.device).eval()
+        matrix = np.zeros((self.num_classes, self.num_classes), np.int64)
+        for batch in self.batches:
+            found = predict_labels(network, normalise(batch.images.to(self.device)), batch.labels.shape[-2:])
+            for prediction, label in zip(found.numpy(), batch.labels.numpy(), strict=True):
+                matrix += confusion_matrix(prediction, label, self.num_classes)
+        return scores(matrix).miou
+
+    def exits(self, network: ExitNetwork, policy: ExitPolicy) -> ExitsOfSplit:
+        """What every exit of a network says of every image, with the policy's score."""
+        return exits_of_batches(network.to(self.device), self.batches, self.num_classes, policy)
+
+
+class SubnetScores:
+    """Scores and costs of a supernet's networks on a split, for a search.
+
+    `table` gives costs in milliseconds; without one they are counted in MACs. Raises ValueError for dynamic performance
+    of a supernet without exits.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        split: JudgedSplit,
+        budget: Budget,
+        performance: Performance,
+        *,
+        policy: ExitPolicy | None = None,
+        table: LatencyTable | None = None,
+    ) -> None:
+        assert isinstance(model, Supernet)
+        if performance == "dynamic" and not isinstance(model, ExitNetwork):
+            raise ValueError("this supernet has one exit, where no image can stop early; search for static performance")
+        self.model, self.split, self.budget, self.performance = model, split, budget, performance
+        self.policy = policy or ExitPolicy()
+        self.macs = SubnetMacs(model)
+        self.table = table
+        self._weights = weights_identity(model)
+        self._has_own_statistics = any(isinstance(layer, ElasticBatchNorm2d) for layer in model.modules())
+
+    @property
+    def unit(self) -> str:
+        """What costs are counted in."""
+        return "MACs" if self.table is None else "ms"
+
+    def about(self) -> dict[str, Any]:
+        """Plain data that tells scores of these weights and images from any others."""
+        return {
+            "weights": self._weights,
+            "performance": self.performance,
+            "split": self.split.split,
+            "images": len(self.split.names),
+            "names": hashlib.sha256("\n".join(self.split.names).encode()).hexdigest()[:16],
+            "size": list(self.split.size),
+        }
+
+    def network(self, subnet: Subnet) -> nn.Module:
+        """A network on its own, in evaluation, with statistics of its own where the supernet's are not every network's.
+
+        Raises ValueError for a network of another space.
+        """
+        network = self.model.extract(subnet).to(self.split.device)
+        if self._has_own_statistics:
+            recalibrate(network, (images.to(self.split.device) for images in self.split.statistics))
+        return network.eval()
+
+    def miou(self, subnet: Subnet) -> float:
+        """The score of a whole network, in points."""
+        return self.split.miou(self.network(subnet))
+
+    def score(self, subnet: Subnet) -> Scored:
+        """What a search makes as large as it can, in points; dynamic performance with its thresholds beside it."""
+        if self.performance == "static":
+            return Scored(self.miou(subnet))
+        network = self.network(subnet)
+        assert isinstance(network, ExitNetwork)
+        table = self.split.exits(network, self.policy).table(self.path_costs(subnet))
+        return judge_dynamic(table, self.budget).as_scored()
+
+    def cost(self, subnet: Subnet) -> float:
+        """What a search holds against the budget: of dynamic performance what thresholds can make the network spend."""
+        if self.performance == "dynamic":
+            return reachable_cost(self.path_costs(subnet), self.budget)
+        return self.whole_cost(subnet)
+
+    def whole_cost(self, subnet: Subnet) -> float:
+        """The cost of one image that goes through all of a network."""
+        if self.table is None:
+            return self.macs.inference(subnet, self.split.size)
+        return self._milliseconds(self._without_values(subnet))
+
+    def cost_of_other(self, network: nn.Module) -> float:
+        """The cost of one image in a network of no supernet; milliseconds are measured."""
+        if self.table is None:
+            return count_macs(network, self.split.size).macs
+        return measure_latency(network, self.split.size).p50_ms
+
+    def path_costs(self, subnet: Subnet) -> PathCosts:
+        """What leaving a network at each exit costs."""
+        if self.table is None:
+            return self.macs.paths(subnet, self.split.size)
+        network = self._without_values(subnet)
+        assert isinstance(network, ExitNetwork)
+        last = network.num_exits - 1
+
+        def milliseconds(exit: int, *asked: int) -> float:
+            walked = Walked(network, exit, [place in asked for place in range(last + 1)], to_full_size=False)
+            return self._milliseconds(walked)
+
+        full = milliseconds(last, last)
+        heads = [milliseconds(last, exit, last) - full for exit in range(last)] + [0.0]
+        ends = [milliseconds(exit, exit) for exit in range(last + 1)]
+        return PathCosts(tuple(end - head for end, head in zip(ends, heads, strict=True)), tuple(heads), "ms")
+
+    def _without_values(self, subnet: Subnet) -> nn.Module:
+        supernet: Any = self.macs.model
+        return supernet.extract(subnet)
+
+    def _milliseconds(self, network: nn.Module) -> float:
+        assert self.table is not None
+        parts = parts_of(network, self.split.size, whole=measured_whole(self.model))
+        return self.table.milliseconds(parts) if parts.keys() <= self.table.parts.keys() else UNMEASURED_MS
+
+
+def measured_whole(model: object) -> tuple[type[nn.Module], ...]:
+    """Modules of a supernet that a latency table measures as one part, since products inside are no modules."""
+    return getattr(model, "measured_whole", ())
+
+
+def latency_table(
+    model: nn.Module, size: tuple[int, int], path: Path, tell: Callable[[str], None], time_limit_s: float = 0.3
+) -> LatencyTable:
+    """The milliseconds of the parts of a supernet's networks on this machine, read from a file or measured and written.
+
+    Networks are drawn until `PATIENCE` of them in a row bring no new part; half of `CHECKED` whole networks then give
+    the factor between them and the sum of their parts, and the others say how far sums are off. Raises DataError for a
+    file of another space, machine or image size.
+    """
+    assert isinstance(model, Supernet)
+    space, whole = model.space, measured_whole(model)
+    if path.is_file():
+        return load_table(path, space, conditions_here(model, size))
+    without_values: Any = SubnetMacs(model).model
+    random = generator(0, Stream.SEARCH, 0)
+    known: set[str] = set()
+    checked = [space.sample(random) for _ in range(CHECKED)]
+
+    def bringing_new_parts() -> Iterator[nn.Module]:
+        waited, subnets = 0, iter([space.largest, space.smallest, *checked])
+        while waited < PATIENCE:
+            subnet = next(subnets, None) or space.sample(random)
+            parts = parts_of(without_values.extract(subnet), size, whole=whole)
+            is_new = bool(parts.keys() - known)
+            waited = 0 if is_new else waited + 1
+            if is_new:
+                known.update(parts)
+                yield model.extract(subnet).eval()
+
+    table = measure_table(
+        space,
+        bringing_new_parts(),
+        size,
+        whole=whole,
+        time_limit_s=time_limit_s,
+        progress=lambda parts: tell(f"{parts} parts measured"),
+    )
+    networks = [model.extract(subnet).eval() for subnet in checked]
+    table = corrected(table, check(table, networks[::2], whole=whole, time_limit_s=time_limit_s))
+    others = check(table, networks[1::2], whole=whole, time_limit_s=time_limit_s)
+    errors = ", ".join(f"{one.relative_error:+.0%}" for one in others)
+    tell(f"{len(table.parts)} parts measured; sums are off by {errors} of whole networks")
+    save_table(table, path)
+    return load_table(path, space, conditions_here(model, size))
+
+
+def weights_identity(model: nn.Module) -> str:
+    """A name of a network's weights, so that scores of one are not taken for those of another."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
