@@ -50,6 +50,9 @@ def test_the_commands_work_one_after_the_other(tmp_path):
         words = [found for w in words for found in (sorted(map(str, tmp_path.glob(w))) if "*" in w else [w])]
         if words[2] == "tools.train":
             words += [*SHORT, *QUICK]
+            words += ["data.args.num_train=16", "data.args.num_val=4"] if "shapes" in words[3] else []
+        if words[2] == "tools.search":
+            words += ["--lowest", "0", "--initial", "2", "--iterations", "1"]
         if words[2] == "tools.distill_video":
             short = "trainer.max_epochs=1,data.args.num_train=8,data.args.num_val=2,data.args.batch_size=4"
             words += ["--frames", "12", "data.args.size=[64,64]", f"teacher.args.overrides=[{short}]"]

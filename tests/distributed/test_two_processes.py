@@ -1,5 +1,6 @@
 """Two processes are one: gradients, metrics and batches do not depend on how many ranks share the work (gloo, CPU)."""
 
+import copy
 import os
 import signal
 import subprocess
@@ -17,11 +18,16 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dance_seg.checkpoint import newest_valid
+from dance_seg.early_exit.exits import Outputs
 from dance_seg.losses import per_sample_cross_entropy, weighted_mean
 from dance_seg.metrics import ConfusionMatrix
+from dance_seg.models.multi_stage import MultiStageSupernet
+from dance_seg.models.vit_resnas import VitResNas
 from dance_seg.network_slimming import NetworkSlimming, slim
 from dance_seg.network_slimming.structure import structure_hash
 from dance_seg.recipe import save_recipe
+from dance_seg.supernet.learning import losses_of_subnets
+from dance_seg.supernet.sampling import Sampling, subnets_of_step
 from tests.tiny import tiny
 from tools.chaos import LOADED
 
@@ -143,6 +149,57 @@ def test_a_run_on_two_ranks_drops_images_validates_unevenly_and_takes_the_planne
     assert ledgers["one"]["images_dropped"] > 0
     for key in ("images_dropped", "images_offered"):
         assert ledgers["one"][key] == ledgers["two"][key]
+
+
+class StepOfSubnets(nn.Module):
+    """A training step of a supernet as DDP sees it: several networks in one forward."""
+
+    def __init__(self, model, options):
+        super().__init__()
+        self.model, self.options = model, options
+
+    def forward(self, images, labels, step):
+        subnets = subnets_of_step(self.model.space, self.options, 0, step, 1.0)
+
+        def losses_of(output):
+            exits = output.logits if isinstance(output, Outputs) else (output,)
+            return torch.stack([per_sample_cross_entropy(logits, labels) for logits in exits]).sum(0)
+
+        losses, ran = losses_of_subnets(self.model, images, labels, subnets, self.options, losses_of)
+        assert len(ran) > 1
+        return losses.mean()
+
+
+SUPERNETS = {
+    "sandwich": (MultiStageSupernet, Sampling(drawn=1, distillation=1.0, phases=())),
+    "multi_architectural": (VitResNas, Sampling(method="multi_architectural", drawn=1, smallest=False, phases=())),
+}
+
+
+def _supernet_step_of_a_rank(rank, ranks, folder, method):
+    kind, options = SUPERNETS[method]
+    torch.manual_seed(0)
+    alone = StepOfSubnets(kind(3, "tiny"), options)
+    joined = DistributedDataParallel(copy.deepcopy(alone))
+    generator = torch.Generator().manual_seed(rank)
+    images, labels = torch.rand(2, 3, 64, 64, generator=generator), torch.zeros(2, 64, 64, dtype=torch.long)
+    found = []
+    for module in (alone, joined):
+        for step in range(2):  # a step that waits for a gradient hangs at the next one
+            torch.manual_seed(step)  # drop path
+            module.zero_grad()
+            module(images, labels, step).backward()
+        found.append([parameter.grad for parameter in module.parameters()])
+    torch.save(found, folder / f"supernet-{method}-{rank}.pt")
+
+
+@pytest.mark.parametrize("method", SUPERNETS)
+def test_ranks_train_the_same_networks_and_every_weight_has_their_mean_gradient(method, tmp_path):
+    on_ranks(_supernet_step_of_a_rank, 2, tmp_path, method)
+    (one, joined), (other, joined_too) = (torch.load(tmp_path / f"supernet-{method}-{rank}.pt") for rank in range(2))
+    for own, others, mean, mean_too in zip(one, other, joined, joined_too, strict=True):
+        torch.testing.assert_close(mean, (own + others) / 2, rtol=1e-4, atol=1e-6)
+        assert torch.equal(mean, mean_too)
 
 
 def _slim_on_a_rank(rank, ranks, folder):

@@ -1,0 +1,358 @@
+"""Supernets and search: python -m tools.bench.supernet [key=value ...].
+
+Speed: a step of four networks in one pass against one of the largest alone, judging candidates from cached tables, and
+milliseconds over MACs of networks taken out. What training comes to, on drawn scenes: several networks a step against
+one, residual reduction against none, statistics of a network's own against inherited ones, search against random search
+of as many networks, stopping early against the best static network of as many MACs, and Kendall's tau between scores
+with inherited weights and after training from scratch. Runs that are there already are not trained again.
+
+--quick shows that it all works, in minutes, and measures nothing: two epochs of a few scenes. Overrides apply to every
+run.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dance_seg.cost.latency import interleave
+from tools.bench.common import ratio, spread, write_result
+from tools.bench.four_rows import trained
+from tools.cli import parser, run
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from dance_seg.subnet_scores import JudgedSplit, SubnetScores
+    from dance_seg.supernet.search import Evolution
+    from dance_seg.supernet.space import Subnet
+
+MULTI_STAGE, VIT_RESNAS = "recipes/shapes_multi_stage.yaml", "recipes/shapes_vit_resnas.yaml"
+CROP = (128, 192)
+BATCH = 8
+NETWORKS = 4  # that share a step
+BUDGET_MACS = 1e8
+QUICK = (
+    "trainer.max_epochs=2",
+    "trainer.validate_every=2",
+    "data.args.num_train=8",
+    "data.args.num_val=4",
+    "data.args.statistics_images=4",
+)
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How much is trained, searched and measured."""
+
+    rounds: int = 30  # of steps that take turns
+    networks: int = 8  # that are judged, timed and trained from scratch
+    retrained_epochs: int = 12
+    searches: int = 3  # seeds of the search, for each supernet
+    initial: int = 24
+    iterations: int = 5
+    children: int = 12
+    candidates: int = 1000  # judged from cached tables
+    overrides: tuple[str, ...] = ()
+
+    @property
+    def evolution(self) -> "Evolution":
+        """The options of each search."""
+        from dance_seg.supernet.search import Evolution
+
+        half = self.children // 2
+        return Evolution(initial=self.initial, iterations=self.iterations, parents=half, mutation=half, crossover=half)
+
+
+SHORT = Extent(3, 3, 1, 1, 3, 2, 2, 50, QUICK)
+
+
+def main() -> int:
+    """Train what is not there yet, and write runs/bench/supernet.json."""
+    arguments_parser = parser(__doc__ or "")
+    arguments_parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the runs; default: 0")
+    arguments_parser.add_argument("--quick", action="store_true", help="whether it works, without meaning")
+    arguments_parser.add_argument("--runs", type=Path, default=Path("runs/supernet"), help="where runs are kept")
+    arguments_parser.add_argument("overrides", nargs="*", metavar="key=value", help="for every run")
+    arguments = arguments_parser.parse_intermixed_args()
+    extent = SHORT if arguments.quick else Extent()
+    given = ["tracking.wandb=disabled", *extent.overrides, *arguments.overrides]
+    ratios: dict[str, list[float]] = {}
+    notes: dict[str, Any] = {}
+
+    def take(found: dict[str, list[float]]) -> None:
+        for key, values in found.items():
+            ratios.setdefault(key, []).extend(values)
+
+    take(steps(extent))
+    for seed in arguments.seeds:  # seed by seed, so that an early stop leaves whole comparisons
+        supernet = trained("multi_stage", MULTI_STAGE, seed, given, arguments.runs).folder
+        found, said = of_multi_stage(supernet, seed, given, arguments.runs, extent)
+        take(found)
+        notes[f"multi_stage, seed {seed}"] = said
+        found, said = of_vit_resnas(seed, given, arguments.runs, extent)
+        take(found)
+        notes[f"vit_resnas, seed {seed}"] = said
+    name = "supernet_quick" if arguments.quick else "supernet"
+    write_result(name, len(arguments.seeds), {key: spread(values) for key, values in ratios.items()}, notes)
+    return 0
+
+
+# Speed of training ----------------------------------------------------------------------------------------------------
+
+
+def steps(extent: Extent) -> dict[str, list[float]]:
+    """A step of several networks in one pass over one of the largest alone: seconds round by round, and peak bytes."""
+    import torch
+
+    from dance_seg.cost.memory import LiveTensors
+    from dance_seg.models.vit_resnas import VitResNas
+    from dance_seg.supernet.sampling import Sampling, subnets_of_step
+
+    torch.manual_seed(0)
+    model = VitResNas(num_classes=11).train()
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    images, labels = torch.randn(BATCH, 3, *CROP), torch.randint(0, 11, (BATCH, *CROP))
+    options = Sampling(method="multi_architectural", drawn=NETWORKS - 2, phases=(), start=0.0, end=0.0)
+    drawn = (subnets_of_step(model.space, options, 0, step, 1.0) for step in range(10_000))
+
+    def several() -> None:
+        step(model, optimizer, images, labels, next(drawn))
+
+    def largest() -> None:
+        step(model, optimizer, images, labels, (model.space.largest,))
+
+    times = interleave({"several": several, "largest": largest}, extent.rounds, warm_up=2)
+    peaks = []
+    for call in (several, largest):
+        with LiveTensors() as live:
+            call()
+        peaks.append(float(live.peak_bytes))
+    return {
+        "multi_arch_step_over_largest": [a / b for a, b in zip(times["several"], times["largest"], strict=True)],
+        "memory_over_largest": [peaks[0] / peaks[1]],
+    }
+
+
+def step(model: "nn.Module", optimizer: Any, images: Any, labels: Any, subnets: "Sequence[Subnet]") -> None:
+    """One training step of networks that share a pass."""
+    from dance_seg.losses import Loss, per_sample_loss
+    from dance_seg.supernet.learning import losses_of_subnets
+    from dance_seg.supernet.sampling import Sampling
+
+    options = Sampling(method="multi_architectural")
+    losses, ran = losses_of_subnets(
+        model, images, labels, subnets, options, lambda logits: per_sample_loss(logits, labels, Loss())
+    )
+    assert len(ran) == len(subnets)
+    losses.mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+# The convolutional supernet -------------------------------------------------------------------------------------------
+
+
+def of_multi_stage(
+    folder: Path, seed: int, overrides: Sequence[str], runs: Path, extent: Extent
+) -> tuple[dict[str, list[float]], dict[str, Any]]:
+    """Judging, searching, statistics, ranks and milliseconds of a trained supernet."""
+    model, split = loaded(folder)
+    judge = judge_of(model, split, "dynamic")
+    networks = spread_out(judge, extent.networks, seed)
+    whole = judge_of(model, split, "static")
+    inherited = [split.miou(model.extract(subnet)) for subnet in networks]
+    own = [whole.miou(subnet) for subnet in networks]
+    retrained = [split.miou(load(from_scratch(folder, subnet, seed, overrides, runs, extent))) for subnet in networks]
+    from dance_seg.supernet.search import kendall_tau
+
+    found = {
+        **judging(judge, networks, extent),
+        "evaluation_over_pass": [evaluation_over_pass(whole, subnet) for subnet in networks],
+        "miou_own_minus_inherited_statistics": [a - b for a, b in zip(own, inherited, strict=True)],
+        "kendall_tau": [kendall_tau(own, retrained)],
+        **searched(judge, whole, seed, extent),
+        "subnet_latency_over_macs/multi_stage": latency_over_macs(whole, networks, extent),
+    }
+    said = {
+        "supernet": folder.name,
+        "largest_miou": round(whole.miou(model.space.largest), 2),
+        "gmacs": [round(whole.whole_cost(subnet) / 1e9, 4) for subnet in networks],
+        "miou_with_weights_of_the_supernet": [round(miou, 2) for miou in own],
+        "miou_from_scratch": [round(miou, 2) for miou in retrained],
+    }
+    return found, said
+
+
+def loaded(folder: Path) -> "tuple[Any, JudgedSplit]":
+    """The supernet of a run at its last epoch, and the validation images that judge its networks."""
+    from dance_seg.build import load_run
+    from dance_seg.recipe import recipe_from_record
+    from dance_seg.subnet_scores import JudgedSplit
+    from datamodules import build_datamodule
+
+    model, record, _ = load_run(folder, "last")
+    return model, JudgedSplit(build_datamodule(recipe_from_record(record["recipe"])), "val")
+
+
+def load(folder: Path) -> "nn.Module":
+    """The network of a run at its last epoch."""
+    from dance_seg.build import load_run
+
+    return load_run(folder, "last")[0]
+
+
+def judge_of(model: "nn.Module", split: "JudgedSplit", performance: Any) -> "SubnetScores":
+    """Scores within the budget, costs in MACs."""
+    from dance_seg.subnet_scores import SubnetScores
+    from dance_seg.supernet.search import Budget
+
+    return SubnetScores(model, split, Budget(BUDGET_MACS), performance)
+
+
+def spread_out(judge: "SubnetScores", count: int, seed: int) -> "list[Subnet]":
+    """Networks whose MACs are spread evenly over the ranks of many drawn ones, the smallest and largest drawn too."""
+    from dance_seg.randomness import Stream, generator
+
+    random, space = generator(seed, Stream.SEARCH), judge.model.space
+    drawn = sorted({space.sample(random) for _ in range(20 * count)}, key=judge.whole_cost)
+    return [drawn[round(place * (len(drawn) - 1) / (count - 1))] for place in range(count)]
+
+
+def judging(judge: "SubnetScores", networks: "Sequence[Subnet]", extent: Extent) -> dict[str, list[float]]:
+    """Milliseconds of judging thresholds from cached tables, and seconds of a search of many on a fixed set."""
+    from dance_seg.randomness import Stream, generator
+    from dance_seg.supernet.search import judge_dynamic
+
+    tables = [
+        judge.split.exits(judge.network(subnet), judge.policy).table(judge.path_costs(subnet))  # type: ignore[arg-type]
+        for subnet in networks
+    ]
+    random = generator(0, Stream.SEARCH)
+    candidates = [
+        (tables[int(random.integers(len(tables)))], random.random(tables[0].num_exits - 1).tolist())
+        for _ in range(extent.candidates)
+    ]
+    milliseconds = []
+    for table, thresholds in candidates:
+        began = time.perf_counter()
+        judge_dynamic(table, thresholds=thresholds)
+        milliseconds.append(1000 * (time.perf_counter() - began))
+    return {"candidate_ms": milliseconds, "search_seconds/cached": [sum(milliseconds) / 1000]}
+
+
+def evaluation_over_pass(judge: "SubnetScores", subnet: "Subnet") -> float:
+    """The MACs that judging a network runs over those of its own pass over the images."""
+    from dance_seg.cost.macs import OperationCounter
+
+    network = judge.network(subnet)
+    with OperationCounter() as counter:
+        judge.split.miou(network)
+    return counter.macs["forward"].total() / (len(judge.split.names) * judge.whole_cost(subnet))
+
+
+def from_scratch(
+    folder: Path, subnet: "Subnet", seed: int, overrides: Sequence[str], runs: Path, extent: Extent
+) -> Path:
+    """The run of one network of the supernet, trained from scratch for a short while."""
+    import hashlib
+
+    from dance_seg.found_network import recipe_of_network
+    from dance_seg.recipe import load_recipe, save_recipe
+
+    name = f"network_{hashlib.sha256(str(subnet).encode()).hexdigest()[:8]}"
+    recipe = recipe_of_network(load_recipe(folder / "recipe.yaml"), subnet, folder)
+    path = runs / "recipes" / f"{name}.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_recipe(replace(recipe, start_from=None, name=name), path)
+    epochs = extent.retrained_epochs
+    short = [*overrides, f"trainer.max_epochs={epochs}", f"trainer.validate_every={epochs}"]
+    return trained(name, str(path), seed, short, runs).folder
+
+
+def searched(judge: "SubnetScores", static: "SubnetScores", seed: int, extent: Extent) -> dict[str, list[float]]:
+    """Searches against random ones of as many networks, and dynamic against static performance within the budget."""
+    from dance_seg.supernet.search import evolve, random_search
+
+    seeds = range(100 * seed, 100 * seed + extent.searches)
+    of_search, of_chance, of_static = (
+        [
+            find(one.model.space, one.cost, one.score, one.budget, extent.evolution, seed=each).best.score
+            for each in seeds
+        ]
+        for find, one in ((evolve, judge), (random_search, judge), (evolve, static))
+    )
+    return {
+        "search_minus_random": [a - b for a, b in zip(of_search, of_chance, strict=True)],
+        "dynamic_minus_static": [a - b for a, b in zip(of_search, of_static, strict=True)],
+    }
+
+
+def latency_over_macs(judge: "SubnetScores", networks: "Sequence[Subnet]", extent: Extent) -> list[float]:
+    """Milliseconds per MAC of networks taken out, over those of the largest; all take turns on one image."""
+    import torch
+
+    images = torch.randn(1, 3, *judge.split.size).to(memory_format=torch.channels_last)
+    every = [judge.model.space.largest, *networks]
+
+    def side(subnet: "Subnet") -> Callable[[], object]:
+        network = judge.model.extract(subnet).eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return lambda: network(images)
+
+    with torch.inference_mode():
+        times = interleave({str(place): side(subnet) for place, subnet in enumerate(every)}, extent.rounds, warm_up=3)
+    costs = [judge.whole_cost(subnet) for subnet in every]
+    return [ratio(times[str(place)], times["0"])["median"] * costs[0] / costs[place] for place in range(1, len(every))]
+
+
+# The transformer ------------------------------------------------------------------------------------------------------
+
+
+def of_vit_resnas(
+    seed: int, overrides: Sequence[str], runs: Path, extent: Extent
+) -> tuple[dict[str, list[float]], dict[str, Any]]:
+    """Several networks a step against one, at equal steps, and residual reduction against none."""
+    folders = {
+        method: trained(
+            f"vit_resnas_{method}", VIT_RESNAS, seed, [*overrides, f"supernet.method={method}"], runs
+        ).folder
+        for method in ("multi_architectural", "single")
+    }
+    mious: dict[str, list[float]] = {}
+    judge = None
+    for method, folder in folders.items():
+        model, split = loaded(folder)
+        judge = judge_of(model, split, "static")
+        networks = spread_out(judge, extent.networks, seed)
+        mious[method] = [judge.miou(subnet) for subnet in networks]
+    assert judge is not None
+    several, single = mious.values()
+    with_skip, without = (
+        trained(
+            f"vit_resnas_skip_{skip}",
+            VIT_RESNAS,
+            seed,
+            [*overrides, "supernet=null", f"model.args.residual_reduction={skip}"],
+            runs,
+        ).miou
+        for skip in ("true", "false")
+    )
+    found = {
+        "miou_several_minus_single": [statistics.mean(several) - statistics.mean(single)],
+        "miou_with_minus_without_skip": [with_skip - without],
+        "subnet_latency_over_macs/vit_resnas": latency_over_macs(judge, networks, extent),
+    }
+    said = {
+        **{f"mious_{method}": [round(miou, 2) for miou in found] for method, found in mious.items()},
+        "gmacs": [round(judge.whole_cost(subnet) / 1e9, 4) for subnet in networks],
+        "miou_with_skip": round(with_skip, 2),
+        "miou_without_skip": round(without, 2),
+        "runs": {method: folder.name for method, folder in folders.items()},
+    }
+    return found, said
+
+
+if __name__ == "__main__":
+    run(main)
