@@ -12,8 +12,9 @@ run.
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,9 +32,10 @@ if TYPE_CHECKING:
 
 MULTI_STAGE, VIT_RESNAS = "recipes/shapes_multi_stage.yaml", "recipes/shapes_vit_resnas.yaml"
 CROP = (128, 192)
+LARGE = (360, 480)  # where networks taken out are timed
 BATCH = 8
 NETWORKS = 4  # that share a step
-BUDGET_MACS = 1e8
+BUDGET = 0.4  # of the largest network's MACs
 QUICK = (
     "trainer.max_epochs=2",
     "trainer.validate_every=2",
@@ -87,6 +89,7 @@ def main() -> int:
             ratios.setdefault(key, []).extend(values)
 
     take(steps(extent))
+    take(latency_over_macs(extent))
     for seed in arguments.seeds:  # seed by seed, so that an early stop leaves whole comparisons
         supernet = trained("multi_stage", MULTI_STAGE, seed, given, arguments.runs).folder
         found, said = of_multi_stage(supernet, seed, given, arguments.runs, extent)
@@ -161,7 +164,7 @@ def of_multi_stage(
     """Judging, searching, statistics, ranks and milliseconds of a trained supernet."""
     model, split = loaded(folder)
     judge = judge_of(model, split, "dynamic")
-    networks = spread_out(judge, extent.networks, seed)
+    networks = spread_out(model, split.size, extent.networks, seed)
     whole = judge_of(model, split, "static")
     inherited = [split.miou(model.extract(subnet)) for subnet in networks]
     own = [whole.miou(subnet) for subnet in networks]
@@ -174,7 +177,6 @@ def of_multi_stage(
         "miou_own_minus_inherited_statistics": [a - b for a, b in zip(own, inherited, strict=True)],
         "kendall_tau": [kendall_tau(own, retrained)],
         **searched(judge, whole, seed, extent),
-        "subnet_latency_over_macs/multi_stage": latency_over_macs(whole, networks, extent),
     }
     said = {
         "supernet": folder.name,
@@ -206,18 +208,22 @@ def load(folder: Path) -> "nn.Module":
 
 def judge_of(model: "nn.Module", split: "JudgedSplit", performance: Any) -> "SubnetScores":
     """Scores within the budget, costs in MACs."""
+    from dance_seg.cost.macs import count_macs
     from dance_seg.subnet_scores import SubnetScores
     from dance_seg.supernet.search import Budget
 
-    return SubnetScores(model, split, Budget(BUDGET_MACS), performance)
+    return SubnetScores(model, split, Budget(BUDGET * count_macs(model, split.size).macs), performance)
 
 
-def spread_out(judge: "SubnetScores", count: int, seed: int) -> "list[Subnet]":
-    """Networks whose MACs are spread evenly over the ranks of many drawn ones, the smallest and largest drawn too."""
+def spread_out(model: Any, size: tuple[int, int], count: int, seed: int) -> "list[Subnet]":
+    """Networks whose MACs for images (H, W) are spread evenly over the ranks of many drawn ones."""
     from dance_seg.randomness import Stream, generator
+    from dance_seg.supernet.macs import SubnetMacs
 
-    random, space = generator(seed, Stream.SEARCH), judge.model.space
-    drawn = sorted({space.sample(random) for _ in range(20 * count)}, key=judge.whole_cost)
+    random, macs = generator(seed, Stream.SEARCH), SubnetMacs(model)
+    drawn = sorted(
+        {model.space.sample(random) for _ in range(20 * count)}, key=lambda subnet: macs.inference(subnet, size)
+    )
     return [drawn[round(place * (len(drawn) - 1) / (count - 1))] for place in range(count)]
 
 
@@ -290,21 +296,48 @@ def searched(judge: "SubnetScores", static: "SubnetScores", seed: int, extent: E
     }
 
 
-def latency_over_macs(judge: "SubnetScores", networks: "Sequence[Subnet]", extent: Extent) -> list[float]:
-    """Milliseconds per MAC of networks taken out, over those of the largest; all take turns on one image."""
+def latency_over_macs(extent: Extent) -> dict[str, list[float]]:
+    """Milliseconds per MAC of networks taken out, over those of the largest; all take turns on one image.
+
+    Up to the logits as the network makes them, since labels are made of these. Weights do not matter, and small images
+    would measure Python: CamVid's size.
+    """
     import torch
 
-    images = torch.randn(1, 3, *judge.split.size).to(memory_format=torch.channels_last)
-    every = [judge.model.space.largest, *networks]
+    from dance_seg.models.multi_stage import MultiStageSupernet
+    from dance_seg.models.vit_resnas import VitResNas
 
-    def side(subnet: "Subnet") -> Callable[[], object]:
-        network = judge.model.extract(subnet).eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        return lambda: network(images)
+    found = {}
+    images = torch.randn(1, 3, *LARGE).to(memory_format=torch.channels_last)
+    models: dict[str, Any] = {"multi_stage": MultiStageSupernet(11, "small"), "vit_resnas": VitResNas(11)}
+    for name, model in models.items():
+        every = [model.space.largest, *spread_out(model, LARGE, extent.networks, seed=0)]
+        networks = [model.extract(subnet).eval().to(memory_format=torch.channels_last) for subnet in every]
+        sides = {str(place): partial(network.coarse_logits, images) for place, network in enumerate(networks)}
+        with torch.inference_mode():
+            times = interleave(sides, extent.rounds, warm_up=3)
+        costs = [coarse_macs(network, LARGE) for network in networks]
+        found[f"subnet_latency_over_macs/{name}"] = [
+            ratio(times[str(place)], times["0"])["median"] * costs[0] / costs[place] for place in range(1, len(every))
+        ]
+    return found
 
-    with torch.inference_mode():
-        times = interleave({str(place): side(subnet) for place, subnet in enumerate(every)}, extent.rounds, warm_up=3)
-    costs = [judge.whole_cost(subnet) for subnet in every]
-    return [ratio(times[str(place)], times["0"])["median"] * costs[0] / costs[place] for place in range(1, len(every))]
+
+def coarse_macs(network: Any, size: tuple[int, int]) -> int:
+    """The MACs of one image up to the logits as the network makes them."""
+    from torch import nn
+
+    from dance_seg.cost.macs import count_macs
+
+    class Coarse(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = network
+
+        def forward(self, images: Any) -> Any:
+            return self.network.coarse_logits(images).logits
+
+    return count_macs(Coarse(), size).macs
 
 
 # The transformer ------------------------------------------------------------------------------------------------------
@@ -325,7 +358,7 @@ def of_vit_resnas(
     for method, folder in folders.items():
         model, split = loaded(folder)
         judge = judge_of(model, split, "static")
-        networks = spread_out(judge, extent.networks, seed)
+        networks = spread_out(model, split.size, extent.networks, seed)
         mious[method] = [judge.miou(subnet) for subnet in networks]
     assert judge is not None
     several, single = mious.values()
@@ -342,7 +375,6 @@ def of_vit_resnas(
     found = {
         "miou_several_minus_single": [statistics.mean(several) - statistics.mean(single)],
         "miou_with_minus_without_skip": [with_skip - without],
-        "subnet_latency_over_macs/vit_resnas": latency_over_macs(judge, networks, extent),
     }
     said = {
         **{f"mious_{method}": [round(miou, 2) for miou in found] for method, found in mious.items()},

@@ -111,6 +111,12 @@ def test_a_budget_that_no_network_meets_names_the_nearest_costs(limit, nearest):
         evolve(coarse, price, score, Budget(limit), SMALL)
 
 
+def test_a_budget_that_no_network_meets_names_the_nearest_network():
+    space = SearchSpace({"one": (1, 2), "other": (1, 2)})
+    with pytest.raises(ValueError, match=r"the nearest network costs 22: one=2 other=2$"):
+        evolve(space, lambda one: 10 * one["one"] + one["other"], score, Budget(100), SMALL)
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_score_that_is_no_number_is_refused(value):
     with pytest.raises(ValueError, match=r"the score is (nan|inf) for place0="):
