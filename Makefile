@@ -35,7 +35,7 @@ adaptive: setup  ## a network whose easy images stop early: trained, calibrated,
 
 search: setup  ## a family of networks trained at once, the best within a budget found and trained on, on drawn scenes (under 8 minutes)
 	$(RUN) -m tools.train recipes/shapes_multi_stage.yaml $(ARGS)
-	$(RUN) -m tools.search runs/shapes_multi_stage --budget-macs 1e8 --initial 20 --iterations 4 --children 8 --control
+	$(RUN) -m tools.search runs/shapes_multi_stage --budget-macs 1e8 --initial 20 --iterations 4 --children 8 --control data.args.statistics_images=32
 	$(RUN) -m tools.train runs/shapes_multi_stage_found/recipe.yaml trainer.max_epochs=8 optimizer.lr=5e-4 $(ARGS)
 	$(RUN) -m tools.calibrate runs/shapes_multi_stage_found_trained --budget-macs 1e8
 	$(RUN) -m tools.evaluate runs/shapes_multi_stage_found_trained --split test

@@ -23,7 +23,7 @@ from dance_seg.options import Optimizer
 from dance_seg.sample import Batch
 from dance_seg.supernet.elastic import Supernet
 from dance_seg.supernet.learning import losses_of_subnets
-from dance_seg.supernet.sampling import Sampling, check_trains, sorts_now, subnets_of_step
+from dance_seg.supernet.sampling import Sampling, check_trains, sorted_by, subnets_of_step
 from dance_seg.supernet.space import Subnet
 
 
@@ -69,7 +69,7 @@ class SegmentationModule(LightningModule):
         if supernet is not None:
             check_trains(supernet, model)
         self.supernet, self.seed = supernet, seed
-        self.channels_sorted = False
+        self.kinds_sorted: list[str] = []  # of choices, whose channels were put in order
         self.last_subnets: tuple[Subnet, ...] = ()  # of the newest training step, when it trained several networks
         self._teacher = (teacher,)  # no submodule: it is neither saved nor synchronised
         self.matrices = nn.ModuleList(ConfusionMatrix(len(self.classes)) for _ in range(num_exits))  # the last decides
@@ -100,8 +100,10 @@ class SegmentationModule(LightningModule):
         set_progress = getattr(self.model, "set_progress", None)
         if set_progress is not None:
             set_progress(batch.progress)
-        if self.supernet is not None and not self.channels_sorted and sorts_now(self.supernet, batch.progress):
-            self._sort_channels()
+        if self.supernet is not None:
+            for kind in sorted_by(self.supernet, self.model, batch.progress):
+                if kind not in self.kinds_sorted:
+                    self._sort_channels(kind)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The loss of one batch."""
@@ -172,14 +174,13 @@ class SegmentationModule(LightningModule):
         if self.average is not None and not self.step_passed_over:
             self.average.follow(self.model)
 
-    def _sort_channels(self) -> None:
+    def _sort_channels(self, kind: str) -> None:
         """Let narrower networks begin with the channels that matter most; the largest one says the same as before."""
         followers = [self.average.model] if self.average is not None else []
-        sort = getattr(self.model, "sort_channels", None)
-        if sort is not None:
-            optimizer = self.optimizers(use_pl_optimizer=False)
-            sort([optimizer] if isinstance(optimizer, torch.optim.Optimizer) else optimizer, followers)
-        self.channels_sorted = True
+        optimizer = self.optimizers(use_pl_optimizer=False)
+        optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else optimizer
+        self.model.sort_channels(kind, optimizers, followers)  # type: ignore[operator]
+        self.kinds_sorted.append(kind)
 
     def set_sparsity(self, sparsity: float, groups: Iterable[Group]) -> None:
         """Let training push the normalisation scales of these groups towards zero with that weight; 0 ends it."""
@@ -281,13 +282,13 @@ class SegmentationModule(LightningModule):
         """Keep the structure of the network, and the averaged weights."""
         checkpoint["structure"] = structure_record(self.model)
         if self.supernet is not None:
-            checkpoint["channels_sorted"] = self.channels_sorted
+            checkpoint["kinds_sorted"] = list(self.kinds_sorted)
         if self.average is not None:
             checkpoint["average"] = self.average.state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the averaged weights, and whether channels have their order already."""
-        self.channels_sorted = bool(checkpoint.get("channels_sorted", False))
+        self.kinds_sorted = list(checkpoint.get("kinds_sorted", ()))
         if self.average is not None:
             self.average.restore(checkpoint["average"])
 

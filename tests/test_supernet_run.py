@@ -72,7 +72,7 @@ def test_the_ledger_holds_the_macs_of_every_network_that_ran(trained):
 
 def test_resuming_ends_with_the_same_weights_before_and_after_channels_were_sorted(trained, tmp_path):
     recipe, folder, kept = trained
-    told = {path: load_checkpoint(path)["channels_sorted"] for path in kept}
+    told = {path: load_checkpoint(path)["kinds_sorted"] for path in kept}
     before, after = (max(p for p in kept if not told[p]), min(p for p in kept if told[p]))
     assert before.name < after.name < kept[-1].name
     for path in (before, after):
@@ -100,11 +100,11 @@ def test_sorting_channels_leaves_the_largest_network_and_its_average_as_they_are
     with torch.no_grad():
         before = [model(images) for model in models]
         small = module.model.extract(smallest)(images)
-        module._sort_channels()
+        module._sort_channels("width")
         for model, logits in zip(models, before, strict=True):
             torch.testing.assert_close(model(images), logits, rtol=1e-4, atol=1e-4)
         assert not torch.allclose(module.model.extract(smallest)(images), small, atol=1e-4)
-    assert module.channels_sorted
+    assert module.kinds_sorted == ["width"]
 
 
 def test_networks_that_share_a_pass_train_and_cost_what_the_largest_does(tmp_path):

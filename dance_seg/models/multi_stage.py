@@ -219,6 +219,7 @@ class MultiStageSupernet(MultiStage):
     True
     """
 
+    sorted_kinds = ("width",)  # of choices, whose channels can be put in order before they open
     _elastic = True
 
     def __init__(self, num_classes: int, size: Literal["tiny", "small"] = "small") -> None:
@@ -272,7 +273,10 @@ class MultiStageSupernet(MultiStage):
 
     @torch.no_grad()
     def sort_channels(
-        self, optimizers: Sequence[torch.optim.Optimizer] = (), followers: Sequence["MultiStageSupernet"] = ()
+        self,
+        kind: str = "width",
+        optimizers: Sequence[torch.optim.Optimizer] = (),
+        followers: Sequence["MultiStageSupernet"] = (),
     ) -> None:
         """Put the inner channels of every block in order of importance, so that narrower networks keep the best ones.
 

@@ -11,7 +11,8 @@ classification), written anew from its description:
 - blocks with LayerNorm before attention and before the MLP, drop path that grows linearly with depth (0.2, small 0.3);
 - what is elastic: the embedding's channels of each stage, heads and hidden channels of each block, and whether a
   droppable block is there. Where one is left out, so are the droppable ones after it in the same run;
-- several subnets in one forward and backward pass by masks for every image (`dance_seg.supernet.prefix`).
+- several subnets in one forward and backward pass by masks for every image (`dance_seg.supernet.prefix`);
+- hidden channels and heads in order of importance before fewer of them are opened, here once and there every epoch.
 
 Ours is what makes masks of any size of it, and some freedom:
 
@@ -47,6 +48,7 @@ from dance_seg.evaluator import full_size
 from dance_seg.models.smp import pad_to
 from dance_seg.normalise import padded_size
 from dance_seg.sample import CoarseLogits
+from dance_seg.supernet.elastic import reorder
 from dance_seg.supernet.prefix import (
     ChannelDrop,
     Masks,
@@ -139,6 +141,7 @@ class VitResNas(nn.Module):
     space: SearchSpace
     network: "ResNasNetwork"
     active: Subnet  # the one it runs as
+    sorted_kinds = ("mlp", "heads")  # of choices, whose channels can be put in order before they open
     masked: tuple[Subnet, ...] = ()  # those that share a pass, one for each group of images; none usually
 
     def __init__(
@@ -236,6 +239,27 @@ class VitResNas(nn.Module):
         self.masked = wanted
         masks = self.network.masks([sizes_of(subnet) for subnet in wanted])
         place_masks(masks, next(self.parameters()).device)
+
+    @torch.no_grad()
+    def sort_channels(
+        self,
+        kind: str,
+        optimizers: Sequence[torch.optim.Optimizer] = (),
+        followers: Sequence["VitResNas"] = (),
+    ) -> None:
+        """Put hidden channels (`mlp`) or `heads` of every block in order of importance, which narrower networks keep.
+
+        Importance is the sum of absolute weights with which a channel or head is read, as published. The largest
+        network stays the function it is; smaller ones change. What `optimizers` hold of the weights follows, and so do
+        `followers`, such as an average of the weights.
+        """
+        of_models = [list(model.network.every_block()) for model in (self, *followers)]
+        for blocks in zip(*of_models, strict=True):
+            own: Block = blocks[0][2]
+            order = own.mlp.order() if kind == "mlp" else own.attention.order()
+            for model, (_, _, block) in enumerate(blocks):
+                part = block.mlp if kind == "mlp" else block.attention
+                part.reorder(order, () if model else optimizers)
 
     def like_largest(self, subnet: Subnet) -> Subnet:
         """The largest network: nothing that is chosen changes anything but channels and blocks."""
@@ -658,6 +682,22 @@ class Attention(nn.Module):
         self.key_value.keep((sizes.channels,), (2, *of_heads))
         self.project.keep(of_heads, (sizes.channels,))
 
+    def order(self) -> Tensor:
+        """The heads, the most important first."""
+        heads, head_dim = self.drop.sizes
+        return self.project.weight.view(-1, heads, head_dim).abs().sum((0, 2)).argsort(descending=True, stable=True)
+
+    def reorder(self, order: Tensor, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+        """Put the heads into another order."""
+        heads, head_dim = self.drop.sizes
+        channels = (head_dim * order[:, None] + torch.arange(head_dim, device=order.device)).flatten()
+        for tensor in (self.query.weight, self.query.bias):
+            reorder(tensor, 0, channels, optimizers=optimizers)
+        for tensor in (self.key_value.weight, self.key_value.bias):
+            for start in (0, heads * head_dim):
+                reorder(tensor, 0, channels, start, optimizers)
+        reorder(self.project.weight, 1, channels, optimizers=optimizers)
+
     def choice_macs(self, sizes: BlockSizes, tokens: int) -> int:
         """The MACs of so many tokens: queries and what comes back of all, keys and values of those seen, products."""
         width, keys = sizes.heads * sizes.head_dim, tokens // self.reduction**2
@@ -688,6 +728,16 @@ class Mlp(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """Tokens of the same size."""
         return self.project(self.gelu(self.drop(self.expand(tokens))))
+
+    def order(self) -> Tensor:
+        """The hidden channels, the most important first."""
+        return self.project.weight.abs().sum(0).argsort(descending=True, stable=True)
+
+    def reorder(self, order: Tensor, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+        """Put the hidden channels into another order."""
+        for tensor in (self.expand.weight, self.expand.bias):
+            reorder(tensor, 0, order, optimizers=optimizers)
+        reorder(self.project.weight, 1, order, optimizers=optimizers)
 
     def keep(self, sizes: BlockSizes) -> None:
         """Use this corner of the weights."""

@@ -96,13 +96,10 @@ def check_trains(options: Sampling, model: object) -> None:
     options.check_fits(model.space)
 
 
-def sorts_now(options: Sampling, progress: float) -> bool:
-    """Whether channels should have been put in order by a progress: narrower networks begin to open.
-
-    >>> [sorts_now(Sampling(start=0.1, end=0.7), progress) for progress in (0.49, 0.5)]
-    [False, True]
-    """
-    return options.sort_channels and "width" in options.phases and progress >= options.opens("width")[0]
+def sorted_by(options: Sampling, model: object, progress: float) -> list[str]:
+    """The kinds of choices whose channels should be in order by a progress, since fewer of them begin to open."""
+    kinds = getattr(model, "sorted_kinds", ()) if options.sort_channels else ()
+    return [kind for kind in kinds if kind in options.phases and progress >= options.opens(kind)[0]]
 
 
 def kind(name: str) -> str:

@@ -512,7 +512,7 @@ def test_sorting_channels_keeps_the_largest_network_and_puts_the_heaviest_first(
     held = {name: optimizer.state[value]["exp_avg"].sum().clone() for name, value in lively.named_parameters()}
     ratio = (optimizer.state[weight]["exp_avg"] / weight).flatten().sort().values
     lively.eval().load_state_dict(follower.state_dict())
-    lively.sort_channels([optimizer], [follower])
+    lively.sort_channels("width", [optimizer], [follower])
     for model in (lively, follower):
         for own, expected in zip(found(model, images), before, strict=True):
             torch.testing.assert_close(own, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))

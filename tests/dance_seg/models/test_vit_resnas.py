@@ -2,6 +2,7 @@
 
 import pickle
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
 import numpy as np
@@ -582,3 +583,33 @@ def test_drop_path_grows_with_depth_and_anew_in_what_is_extracted() -> None:
 
     assert rates(model.network) == pytest.approx([0.02 * number for number in range(12)])
     assert rates(model.extract(model.space.smallest)) == pytest.approx([0.044 * number for number in range(6)])
+
+
+# Order ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["mlp", "heads"])
+def test_sorting_keeps_the_largest_network_and_its_momentum_and_changes_smaller_ones(kind: str) -> None:
+    model, images = lively(), torch.randn(1, 3, 64, 64)
+    follower = deepcopy(model)
+    choices = {name: values[0] for name, values in model.space.values.items() if name.endswith(f".{kind}")}
+    fewer = model.space.subnet({**model.space.largest.as_record(), **choices})
+    with torch.no_grad():
+        whole, small = model(images), model.extract(fewer)(images)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9)
+    model(images).square().mean().backward()
+    optimizer.step()
+    weight = model.network.stages[0][0].mlp.project.weight
+    pairs = torch.stack([weight, optimizer.state[weight]["momentum_buffer"]]).detach().clone()  # (2, C, hidden)
+    model.sort_channels(kind, [optimizer], [follower])
+    with torch.no_grad():
+        for sorted_model in (model, follower):
+            torch.testing.assert_close(sorted_model(images), whole, rtol=1e-3, atol=1e-3)
+        assert not torch.allclose(model.extract(fewer)(images), small, rtol=1e-2, atol=1e-2)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), follower.parameters(), strict=True))
+    for _, _, block in model.network.every_block():
+        part = block.mlp if kind == "mlp" else block.attention
+        assert part.order().tolist() == list(range(len(part.order())))
+    moved = torch.stack([weight, optimizer.state[weight]["momentum_buffer"]]).detach()
+    order = pairs[0].abs().sum(0).argsort(descending=True, stable=True) if kind == "mlp" else slice(None)
+    assert torch.equal(moved, pairs[:, :, order])

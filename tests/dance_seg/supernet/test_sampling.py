@@ -2,11 +2,12 @@
 
 from collections import Counter
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from dance_seg.supernet.sampling import Sampling, opened, sharing, sorts_now, subnets_of_step
+from dance_seg.supernet.sampling import Sampling, opened, sharing, sorted_by, subnets_of_step
 from dance_seg.supernet.space import SearchSpace, Subnet, Value
 
 SPACE = SearchSpace(
@@ -108,11 +109,12 @@ def test_options_that_cannot_train_are_refused(options: dict[str, Any], message:
         Sampling(**options)
 
 
-def test_channels_are_sorted_when_narrower_networks_open_and_not_without_such_a_phase() -> None:
-    assert not sorts_now(OPTIONS, 0.49)
-    assert sorts_now(OPTIONS, 0.5)
-    assert not sorts_now(Sampling(sort_channels=False), 1.0)
-    assert not sorts_now(Sampling(phases=("kernel",)), 1.0)
+def test_channels_are_sorted_when_fewer_of_them_open_and_not_without_such_a_phase() -> None:
+    model = SimpleNamespace(sorted_kinds=("depth", "width"))
+    assert [sorted_by(OPTIONS, model, progress) for progress in (0.2, 0.3, 0.5)] == [[], ["depth"], ["depth", "width"]]
+    assert sorted_by(Sampling(sort_channels=False), model, 1.0) == []
+    assert sorted_by(Sampling(phases=("kernel",)), model, 1.0) == []
+    assert sorted_by(OPTIONS, object(), 1.0) == []
 
 
 def test_a_phase_that_opens_nothing_is_refused_by_name() -> None:
