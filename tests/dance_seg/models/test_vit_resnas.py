@@ -25,6 +25,7 @@ from dance_seg.models.vit_resnas import (
     from_windows,
     search_space,
     to_windows,
+    vit_resnas,
 )
 from dance_seg.network_slimming import NetworkSlimming, slim
 from dance_seg.supernet.prefix import ChannelDrop, PrefixDropPath, PrefixLinear, PrefixNorm, several_at_once
@@ -423,6 +424,17 @@ def test_a_subnet_of_another_space_is_refused() -> None:
         with pytest.raises(ValueError, match="'width' is no choice of this search space"):
             run()
     assert model.active == model.space.largest
+
+
+def test_a_recipe_names_a_subnet_by_its_choices() -> None:
+    space = tiny().space
+    named = vit_resnas(CLASSES, subnet=space.smallest.as_record())
+    shapes = {name: weight.shape for name, weight in tiny().extract(space.smallest).named_parameters()}
+    assert {name: weight.shape for name, weight in named.named_parameters()} == shapes
+    with pytest.raises(ValueError, match=r"model\.args\.subnet: stage1\.embed is 41; choose one of 40, 48, 56, 64"):
+        vit_resnas(CLASSES, subnet={**space.smallest.as_record(), "stage1.embed": 41})
+    with pytest.raises(ValueError, match=r"model\.args\.subnet is 7; give a value for each of stage1\.embed"):
+        vit_resnas(CLASSES, subnet=7)  # type: ignore[arg-type]
 
 
 def test_a_model_and_its_space_can_be_sent_to_another_process() -> None:
