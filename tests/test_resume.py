@@ -77,17 +77,18 @@ def final(folder):
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     """A run of data slimming that keeps a copy of every checkpoint it writes."""
-    return keeping_checkpoints(tmp_path_factory.mktemp("undisturbed"), HARD)
+    folder = tmp_path_factory.mktemp("undisturbed")
+    return keeping_checkpoints(tiny(*HARD, slim=True, cache=folder / "cache"), folder)
 
 
 @pytest.fixture(scope="module")
 def undisturbed_cut(tmp_path_factory):
     """The same with a network that is cut twice."""
-    return keeping_checkpoints(tmp_path_factory.mktemp("undisturbed_cut"), CUT)
+    folder = tmp_path_factory.mktemp("undisturbed_cut")
+    return keeping_checkpoints(tiny(*CUT, slim=True, cache=folder / "cache"), folder)
 
 
-def keeping_checkpoints(folder, overrides):
-    recipe = tiny(*overrides, slim=True, cache=folder / "cache")
+def keeping_checkpoints(recipe, folder):
     kept = folder / "kept"
     kept.mkdir()
     from dance_seg.callbacks import Checkpoints

@@ -14,7 +14,7 @@ from dance_seg.recipe import save_recipe
 from dance_seg.supernet.macs import SubnetMacs
 from dance_seg.supernet.sampling import Sampling, subnets_of_step
 from datamodules import build_datamodule
-from tests.test_resume import assert_same, final
+from tests.test_resume import assert_same, final, keeping_checkpoints
 from tests.tiny import tiny
 
 # Three steps an epoch: kernels open at the second step, widths in the middle of the second epoch of two.
@@ -38,20 +38,9 @@ def supernet_recipe(*overrides, cache, name="multi_stage_supernet"):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """The run, and all the checkpoints that it wrote, of which it keeps two."""
+    """The recipe, the run, and all the checkpoints that it wrote."""
     folder = tmp_path_factory.mktemp("supernet")
-    recipe = supernet_recipe(cache=folder / "cache")
-    kept = folder / "kept"
-    kept.mkdir()
-    patch = pytest.MonkeyPatch()
-    patch.setattr("dance_seg.callbacks.checkpoints.LOOK_EVERY", 1)
-    patch.setattr(
-        "dance_seg.callbacks.checkpoints.forget_older",
-        lambda checkpoints: [shutil.copy(path, kept) for path in checkpoints.glob("step-*.ckpt")],
-    )
-    train(recipe, build_datamodule(recipe), folder / "run")
-    patch.undo()
-    return recipe, folder / "run", sorted(kept.glob("step-*.ckpt"))
+    return keeping_checkpoints(supernet_recipe(cache=folder / "cache"), folder)
 
 
 def steps_of(recipe):
@@ -107,6 +96,7 @@ def test_sorting_channels_leaves_the_largest_network_and_its_average_as_they_are
     assert module.kinds_sorted == ["width"]
 
 
+@pytest.mark.slow
 def test_networks_that_share_a_pass_train_and_cost_what_the_largest_does(tmp_path):
     changes = ["supernet.method=multi_architectural", "supernet.distillation=0", "supernet.phases=[mlp]"]
     recipe = supernet_recipe(*changes, "supernet.drawn=2", cache=tmp_path / "cache", name="vit_resnas_supernet")

@@ -100,6 +100,7 @@ def test_a_found_network_is_trained_on_from_its_weights(runs, call, tmp_path, mo
         torch.testing.assert_close(weight, before.get_parameter(name))
 
 
+@pytest.mark.slow
 def test_static_performance_is_that_of_the_whole_network(runs, call, tmp_path):
     figures = call(runs["multi_stage_supernet"], "--budget-macs", 30e6, *FEW, "--performance", "static")
     model, record, path = load_run(tmp_path / "found")

@@ -33,6 +33,7 @@ def test_judging_a_network_is_one_pass_of_its_own(judge):
     assert 0.9 < evaluation_over_pass(judge, subnet) <= 1.0
 
 
+@pytest.mark.slow
 def test_candidates_are_judged_from_tables_without_the_network(judge, monkeypatch):
     dynamic = judge_of(judge.model, judge.split, "dynamic")
     networks = spread_out(judge.model, judge.split.size, 2, seed=0)
