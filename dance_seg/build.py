@@ -119,6 +119,21 @@ def build_module(recipe: Recipe, model: nn.Module, datamodule: "SegmentationData
     return module
 
 
+def tracker_of(recipe: Recipe, folder: Path, *tags: str) -> GuardedWandbLogger | None:
+    """The tracker of a recipe's run in a folder, with further tags; None where it is disabled."""
+    return guarded_wandb_logger(
+        folder,
+        mode=recipe.tracking.wandb,
+        project=recipe.tracking.project,
+        name=recipe.name,
+        run_id=run_id(folder),
+        config=recipe_record(recipe) | {"run": notes(folder)},
+        group=recipe.tracking.group,
+        tags=[*tags, *recipe.tracking.tags],
+        artifacts=recipe.tracking.artifacts,
+    )
+
+
 def build_trainer(recipe: Recipe, datamodule: "SegmentationDataModule", folder: Path, heartbeat: Heartbeat) -> Trainer:
     """The Trainer of a recipe, writing into a run folder."""
     options = recipe.trainer
@@ -127,17 +142,7 @@ def build_trainer(recipe: Recipe, datamodule: "SegmentationDataModule", folder: 
     if options.sync_batchnorm and on_cpu:
         rank_zero_info("trainer.sync_batchnorm is ignored: SyncBatchNorm does not run on a CPU")
     metrics = JsonlLogger(folder)
-    mirror = guarded_wandb_logger(
-        folder,
-        mode=recipe.tracking.wandb,
-        project=recipe.tracking.project,
-        name=recipe.name,
-        run_id=run_id(folder),
-        config=recipe_record(recipe) | {"run": notes(folder)},
-        group=recipe.tracking.group,
-        tags=list(recipe.tracking.tags),
-        artifacts=recipe.tracking.artifacts,
-    )
+    mirror = tracker_of(recipe, folder)
 
     def may_choose(epoch: int) -> bool:
         return (epoch + 1) / options.max_epochs >= options.choose_from - 1e-9

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from dance_seg.build import tracker_of
 from dance_seg.calibration import Calibration, Unit, as_figures, curves, path_milliseconds
 from dance_seg.checkpoint import save_checkpoint
 from dance_seg.cost.macs import count_macs
@@ -24,12 +25,11 @@ from dance_seg.models import NETWORK_OF
 from dance_seg.network_slimming.structure import structure_record
 from dance_seg.part import Part
 from dance_seg.recipe import Recipe, recipe_from_record, recipe_record, save_recipe
-from dance_seg.run_folder import note, notes, run_id
+from dance_seg.run_folder import note, run_id
 from dance_seg.subnet_scores import SubnetScores
 from dance_seg.supernet.search import Found
 from dance_seg.supernet.space import Subnet
 from dance_seg.supernet.storage import Candidate
-from dance_seg.tracking import guarded_wandb_logger
 
 SEARCH = "search.json"
 TRAINED = "_trained"
@@ -122,16 +122,7 @@ def search_figures(found: Found, judge: SubnetScores) -> dict[str, Any]:
 
 def track(recipe: Recipe, folder: Path, history: Sequence[Candidate]) -> None:
     """Every judged network in the tracker, and the best score so far, as a run named after the folder."""
-    logger = guarded_wandb_logger(
-        folder,
-        mode=recipe.tracking.wandb,
-        project=recipe.tracking.project,
-        name=folder.name,
-        run_id=run_id(folder),
-        config=recipe_record(recipe) | {"run": notes(folder)},
-        group=recipe.tracking.group,
-        tags=["search", *recipe.tracking.tags],
-    )
+    logger = tracker_of(replace(recipe, name=folder.name), folder, "search")
     if logger is None:
         return
     best = -math.inf

@@ -239,7 +239,7 @@ def test_every_judged_network_goes_to_the_tracker_with_the_best_so_far(runs, tmp
             rows.append("finished")
 
     monkeypatch.setattr(
-        "dance_seg.found_network.guarded_wandb_logger", lambda folder, **named: given.update(named) or Tracker()
+        "dance_seg.build.guarded_wandb_logger", lambda folder, **named: given.update(named) or Tracker()
     )
     recipe = load_recipe(runs["multi_stage_supernet"] / "recipe.yaml")
     smallest = build_model(recipe, 11).space.smallest
