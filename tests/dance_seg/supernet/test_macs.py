@@ -39,6 +39,7 @@ def test_a_network_on_its_own_costs_what_counting_says(make):
         assert macs.inference(subnet, (90, 128)) == count_macs(model.extract(subnet), (90, 128)).macs
 
 
+@pytest.mark.slow  # what a search says of a network that stops early is held to the counter in tests of tools.search
 def test_the_ways_through_a_network_cost_what_counting_says():
     model = MultiStageSupernet(5, "tiny")
     macs = SubnetMacs(model)
