@@ -24,6 +24,7 @@ from dance_seg.machine import write_text
 from dance_seg.models import NETWORK_OF
 from dance_seg.network_slimming.structure import structure_record
 from dance_seg.part import Part
+from dance_seg.plain_data import read_object
 from dance_seg.recipe import Recipe, recipe_from_record, recipe_record, save_recipe
 from dance_seg.run_folder import note, run_id
 from dance_seg.subnet_scores import SubnetScores
@@ -51,10 +52,9 @@ def check_folder(folder: Path, about: Mapping[str, Any]) -> None:
     """Raise ValueError when a folder holds anything but a network found by the same search."""
     if not folder.exists() or not any(folder.iterdir()):
         return
-    try:
-        there = json.loads((folder / SEARCH).read_text())["about"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise ValueError(f"{folder} holds something else than a network that was found; name another --out") from None
+    there = read_object(folder / SEARCH).get("about")
+    if not isinstance(there, dict):
+        raise ValueError(f"{folder} holds something else than a network that was found; name another --out")
     differing = [key for key in {**there, **about} if there.get(key) != about.get(key)]
     if differing:
         said = "; ".join(f"{key} is {there.get(key)!r} there and {about.get(key)!r} here" for key in sorted(differing))

@@ -109,13 +109,10 @@ def check_asked(arguments: argparse.Namespace) -> None:
 
 def read_choices(path: Path) -> dict[str, Any]:
     """A network's choices from a JSON file. Raises ValueError, naming the file, for anything else."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(
-            f"{path}: is no JSON ({error}); write a value for each choice, as `subnet` in --json"
-        ) from None
-    if not isinstance(found, dict):
+    from dance_seg.plain_data import read_object
+
+    found = read_object(path)
+    if not found:
         raise ValueError(f"{path}: holds no choices; write a value for each, as `subnet` in what --json writes")
     return found
 

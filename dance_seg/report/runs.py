@@ -326,7 +326,7 @@ def read_run(folder: str | Path) -> Run:
         plan=_read_plan(folder / "plan.json"),
         widths=_read_widths(folder / "widths.json"),
         exits=_read_exits(folder / "calibration.json", folder / "pictures"),
-        search=read_json(folder / "search.json"),
+        search=read_object(folder / "search.json"),
         pictures=_pictures(folder / "pictures"),
         simplest=simplest,
         most_complex=most_complex,
