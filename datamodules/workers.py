@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, get_worker_info
+from torch.utils.data._utils import signal_handling
 
 from dance_seg.errors import DataError
 from dance_seg.sample import Batch, Sample
@@ -118,6 +119,8 @@ class Batches:
         self.go_to(given)
         in_main = threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGCHLD")
         before = signal.getsignal(signal.SIGCHLD) if in_main else None
+        if getattr(before, "__module__", None) == signal_handling.__name__:  # left by a loader before this one
+            before = signal.SIG_DFL
         self.loader.timeout = POLL_SECONDS
         try:
             return iter(self.loader)
@@ -174,7 +177,7 @@ class Batches:
             queue.cancel_join_thread()
             queue.close()
         if batches._worker_pids_set:
-            torch.utils.data._utils.signal_handling._remove_worker_pids(id(batches))
+            signal_handling._remove_worker_pids(id(batches))
             batches._worker_pids_set = False
 
 

@@ -359,7 +359,10 @@ def test_a_writer_killed_at_any_moment_leaves_a_whole_checkpoint(tmp_path: Path)
             while True:
                 step += 1
                 save_checkpoint({"global_step": step, "weight": weight + step}, path)
-        time.sleep(moments.uniform(0.005, 0.05))
+        until = time.monotonic() + 10
+        while not list(tmp_path.glob(".*")) and time.monotonic() < until:  # of a save that is under way
+            pass
+        time.sleep(moments.uniform(0, 0.003))
         os.kill(writer, signal.SIGKILL)
         os.waitpid(writer, 0)
         record = load_checkpoint(path)

@@ -81,6 +81,14 @@ def kill(module: Any) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def kill_once_saved(module: Any) -> None:
+    """The end, when the checkpoint of the step before is on the disk."""
+    from dance_seg.callbacks import Checkpoints
+
+    next(one for one in module.trainer.callbacks if isinstance(one, Checkpoints)).writer.finish()
+    kill(module)
+
+
 def own_group() -> None:
     """Make the process the head of a group, as a shell does with what it starts."""
     os.setpgrp()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.durability.faults import AtStep, kill
+from tests.durability.faults import AtStep, kill, kill_once_saved
 from tests.durability.small import METHODS, small
 from tools.chaos import KILLS_A_RUN, chaos, differing, end_of, start, tiny_recipe, train_to_its_end, wait
 
@@ -43,7 +43,7 @@ def from_the_start_of_the_epoch():
 def test_without_the_place_in_the_epoch_a_killed_run_ends_otherwise(cache, tmp_path):
     recipe = replace(tiny_recipe("recipes/shapes_dense.yaml", [], cache=cache), name="run")
     train_to_its_end(recipe, tmp_path / "whole")
-    assert wait(start(recipe, tmp_path / "killed", AtStep(2, kill))) == [-signal.SIGKILL]
+    assert wait(start(recipe, tmp_path / "killed", AtStep(2, kill_once_saved))) == [-signal.SIGKILL]
     train_to_its_end(recipe, tmp_path / "killed", from_the_start_of_the_epoch)
     assert "state_dict" in differing(end_of(tmp_path / "whole/run"), end_of(tmp_path / "killed/run"))
 

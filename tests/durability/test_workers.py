@@ -9,13 +9,14 @@ from functools import partial
 import pytest
 import torch
 from torch.utils.data import DataLoader, get_worker_info
+from torch.utils.data._utils import signal_handling
 
 import datamodules.workers as workers
 from dance_seg.errors import DataError
 from datamodules.shapes import ShapesDataModule
 from datamodules.transforms import worker_init
 
-SMALL = {"num_train": 12, "num_val": 5, "size": [64, 64], "crop": [64, 64], "batch_size": 4, "worker_timeout": 2.0}
+SMALL = {"num_train": 12, "num_val": 5, "size": [64, 64], "crop": [64, 64], "batch_size": 4, "worker_timeout": 5.0}
 
 
 class Faulty:
@@ -97,6 +98,15 @@ def test_workers_that_fail_once_are_replaced_and_the_batches_are_the_same(harm, 
     ):
         found = batches(getattr(module, loader)())
     assert same(found, expected)
+
+
+def test_a_loader_of_torch_before_it_does_not_raise_where_the_program_is(data, monkeypatch):
+    """The handler that torch's first loader with workers installs raises in whatever runs when one is killed."""
+    monkeypatch.setattr(signal_handling, "_SIGCHLD_handler_set", False)
+    list(DataLoader(torch.zeros(4), num_workers=1))
+    assert signal.getsignal(signal.SIGCHLD) not in (signal.SIG_DFL, None)
+    with pytest.warns(UserWarning, match="gave nothing for"):
+        assert len(batches(data(hang).train_dataloader())) == 3
 
 
 def test_a_file_that_fails_each_time_ends_the_run_with_its_name(data):
