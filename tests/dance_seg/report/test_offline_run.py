@@ -1,6 +1,5 @@
 """An offline run of Weights & Biases, read back, is the run: every metric, the recipe, what it came to."""
 
-import json
 import shutil
 import struct
 import warnings
@@ -22,6 +21,7 @@ from dance_seg.report.runs import read_run
 from datamodules import build_datamodule
 from tests.run_folders import write_run
 from tests.tiny import tiny
+from tools.fuzz.run_readers import field, items
 
 
 @pytest.fixture(scope="module")
@@ -106,26 +106,6 @@ def test_group_tags_and_the_highest_score_are_in_the_file(tracked):
 
 
 # The file's format ----------------------------------------------------------------------------------------------------
-
-
-def varint(value: int) -> bytes:
-    found = b""
-    while value > 0x7F:
-        found, value = found + bytes([value & 0x7F | 0x80]), value >> 7
-    return found + bytes([value])
-
-
-def field(number: int, body: bytes) -> bytes:
-    return varint(number << 3 | 2) + varint(len(body)) + body
-
-
-def items(kind: int, **values: Any) -> bytes:
-    """A record of history (2), summary (3) or config (5)."""
-    body = b"".join(
-        field(1, field(2, key.replace("__", "/").encode()) + field(16, json.dumps(value).encode()))
-        for key, value in values.items()
-    )
-    return field(kind, body)
 
 
 def run_record(run_id: str, **config: Any) -> bytes:
