@@ -13,6 +13,7 @@ import dance_seg.build
 import dance_seg.stream
 from dance_seg.checkpoint import newest_valid
 from dance_seg.distillation.online import Followed, TeacherError
+from dance_seg.distillation.state import StreamState
 from dance_seg.distillation.teacher import OracleTeacher, Teaching
 from dance_seg.errors import DataError
 from dance_seg.part import Part
@@ -86,6 +87,24 @@ def test_a_stream_that_goes_on_ends_as_an_undisturbed_one(tmp_path, undisturbed,
     assert len(rows_of(tmp_path / "run")) == at
     follow(tiny_stream(), tmp_path / "run")
     assert_same_run(tmp_path / "run", undisturbed)
+
+
+@pytest.mark.parametrize("forgotten", ["next_key_frame", "optimizer"])
+def test_a_stream_that_goes_on_without_all_of_its_state_would_end_otherwise(
+    tmp_path, undisturbed, monkeypatch, forgotten
+):
+    """The control: the state comes back but for when the teacher is asked next, or but for the momentum."""
+    follow(tiny_stream(), tmp_path / "run", stop_after=23)
+    restore = StreamState.restore
+
+    def forgetful(self, record):
+        known = {name: value for name, value in record.items() if name != forgotten}
+        restore(self, {**self.record(), **known})
+
+    monkeypatch.setattr(StreamState, "restore", forgetful)
+    follow(tiny_stream(), tmp_path / "run")
+    with pytest.raises(AssertionError):
+        assert_same_run(tmp_path / "run", undisturbed)
 
 
 def test_frames_past_the_newest_whole_checkpoint_are_followed_again(tmp_path, undisturbed):

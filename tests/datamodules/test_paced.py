@@ -35,6 +35,12 @@ def test_of_frames_that_nobody_takes_the_policy_keeps_as_many_as_the_queue_holds
         assert (stream.passed, stream.dropped) == (3, 7)
 
 
+def test_a_queue_without_a_bound_would_keep_every_frame():
+    with paced(frames(10), queue=1000, timeout=10) as stream:
+        assert stream.wait_until_read(10)
+        assert [frame.index for frame in stream] == list(range(10))
+
+
 def test_a_consumer_that_keeps_up_sees_every_frame_in_order():
     ready = threading.Semaphore(1)
 

@@ -148,6 +148,27 @@ def test_a_killed_front_goes_on_to_the_same_front(tmp_path):
         assert places(found.front) == places(whole.front)
 
 
+@needs_fork
+@pytest.mark.parametrize("protection", ["is_dead", "cut_torn_line"])
+def test_without_its_protection_a_killed_search_would_not_go_on(tmp_path, monkeypatch, protection):
+    """The control: nobody looks whether who judges still lives, or leaves half a line in the file."""
+    path, log = tmp_path / "search.journal", tmp_path / "log"
+    started(killed_at, path, log, 5).join()
+    if protection == "cut_torn_line":
+        path.write_bytes(path.read_bytes() + b'{"op_code": 4, "worker_id": "ab')
+    monkeypatch.setattr(storage_module, protection, lambda _: False)
+
+    class Waiting(Exception):
+        pass
+
+    def wait(_seconds):
+        raise Waiting
+
+    monkeypatch.setattr(storage_module.time, "sleep", wait)
+    with pytest.raises((Waiting, ValueError)):
+        evolve(SPACE, cost, score, BUDGET, SMALL, storage=path)
+
+
 # Shared
 
 
