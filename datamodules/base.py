@@ -26,7 +26,7 @@ from datamodules.image_files import MAX_PIXELS
 from datamodules.label_table import LabelTable
 from datamodules.sampler import EpochSummary, SameScaleBatches
 from datamodules.sources import Pair
-from datamodules.transforms import Augmentation, EvaluationImages, TrainingImages, worker_init
+from datamodules.transforms import Augmentation, EvaluationImages, NothingToCount, TrainingImages, worker_init
 from datamodules.workers import Batches, Order, WatchedSource
 
 
@@ -246,7 +246,9 @@ class SegmentationDataModule(LightningDataModule):
         source = WatchedSource(self.source(split), self.workers)
         images = EvaluationImages(source, self.resolution, self.adaptive)
         ranks, rank = self._ranks
-        mine = Subset(images, range(rank, len(images), ranks))
+        mine: Subset | NothingToCount = Subset(images, range(rank, len(images), ranks))
+        if rank >= len(images) > 0:
+            mine = NothingToCount(images)
         order = Order(len(mine))
         loader = self._loader(mine, batch_size=None, sampler=order)
         place = f"the split {split}"

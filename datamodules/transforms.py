@@ -230,6 +230,23 @@ class EvaluationImages(Dataset):
         )
 
 
+class NothingToCount(Dataset):
+    """The first of some whole images without its label: for a rank that has no image of its own.
+
+    Lightning passes over the validation of a rank without batches, and the others would wait for its counts.
+    """
+
+    def __init__(self, images: EvaluationImages) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> Batch:
+        batch = self.images[0]
+        return batch._replace(labels=torch.full_like(batch.labels, IGNORE))
+
+
 def worker_init(worker: int) -> None:
     """For DataLoader's worker_init_fn: the workers are the parallelism, OpenCV's threads would only get in the way.
 

@@ -97,7 +97,11 @@ def test_a_slimmed_network_is_the_silenced_one_and_trains_and_comes_back_from_it
 ) -> None:
     dense, silenced, model, images = slimmed(case)
     made, shape, size = outputs(model, images), outputs(dense, images).shape, trial_size(dense)
-    assert relative_difference(made, outputs(silenced, images)) < 1e-5
+    expected = outputs(silenced, images)
+    if relative_difference(made, expected) >= 1e-5:  # sums in another order: in deep networks it is told from an error
+        made_exactly, expected_exactly = (outputs(deepcopy(one).double(), images.double()) for one in (model, silenced))
+        assert relative_difference(made_exactly, expected_exactly) < 1e-10
+    assert relative_difference(made, expected) < 2e-5
     # Channels that do not reach the output would make any cut look right.
     assert relative_difference(made, outputs(dense, images)) > 1e-3
 
