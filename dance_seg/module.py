@@ -1,7 +1,7 @@
 """The training step, as a LightningModule: logits, a loss per image, one weighted mean."""
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -195,15 +195,13 @@ class SegmentationModule(LightningModule):
         share: float | None = None,
         full: Size | None = None,
         seed: int = 0,
-        labelled: Iterable[tuple[Tensor, Tensor]] | None = None,
+        labelled: Callable[[], Iterable[tuple[Tensor, Tensor]]] | None = None,
     ) -> None:
         """Cut the network to a share of its full size, with its average and the state of its optimiser.
 
-        `labelled` are batches of images (N, 3, H, W) and labels (N, H, W) to take gradients from, for importance by
+        `labelled` begins batches of images (N, 3, H, W) and labels (N, H, W) to take gradients from, for importance by
         Taylor. Whoever wraps the model (DDP) wraps it anew afterwards. Raises ValueError when nothing can be cut.
         """
-        if labelled is not None:
-            self._take_gradients(labelled)
         trained = self._trainer is not None  # a Trainer has the optimiser; without one there is none yet
         optimizer = self.optimizers(use_pl_optimizer=False) if trained else []
         self._scales = []
@@ -216,19 +214,21 @@ class SegmentationModule(LightningModule):
             optimizers=[optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer),  # type: ignore[arg-type]
             followers=[self.average.model] if self.average is not None else [],
             seed=seed,
+            passes=(lambda: self._backward_passes(labelled())) if labelled is not None else None,
         )
         self.model.zero_grad()
         self.sparsity = 0.0
 
-    def _take_gradients(self, labelled: Iterable[tuple[Tensor, Tensor]]) -> None:
-        """The gradients of the loss on given images, in evaluation mode, which leaves statistics as they are."""
+    def _backward_passes(self, labelled: Iterable[tuple[Tensor, Tensor]]) -> Iterator[None]:
+        """Leave the gradients of one batch's loss after another, in evaluation mode: statistics stay as they are."""
         modes = [(module, module.training) for module in self.model.modules()]
         self.model.eval()
-        self.model.zero_grad()
-        with torch.enable_grad():
-            for images, labels in labelled:
+        for images, labels in labelled:
+            self.model.zero_grad()
+            with torch.enable_grad():
                 losses = per_sample_loss(self.model(images.to(self.device)), labels.to(self.device), self.loss)
                 losses.mean().backward()
+            yield
         for module, training in modes:
             module.training = training
 

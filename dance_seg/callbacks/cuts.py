@@ -17,9 +17,9 @@ from dance_seg.callbacks.ledger import CostLedger
 from dance_seg.cost.macs import count_macs
 from dance_seg.machine import write_text
 from dance_seg.module import write_figures
-from dance_seg.network_slimming.importance import channels_to_keep, importance
+from dance_seg.network_slimming.importance import channels_to_keep
 from dance_seg.network_slimming.schedule import MaskDistance, NetworkSlimming, planned_cuts
-from dance_seg.network_slimming.slim import Size, size_of, slimmable
+from dance_seg.network_slimming.slim import Size, channel_scores, size_of, slimmable
 from dance_seg.network_slimming.widths import layer_widths, widths_record
 
 
@@ -103,7 +103,7 @@ class NetworkCuts(Callback):
         progress = (trainer.current_epoch + 1) / self.epochs
         if self.options.schedule != "mask_distance" or self.cut_in or progress < self.options.start:
             return
-        scores = importance(pl_module.model, self.groups, self.options.importance, seed=self.seed)
+        scores = channel_scores(pl_module.model, self.groups, self.options, self.input_size, self.seed)
         kept = channels_to_keep(self.groups.groups, scores, self.options.keep, scope=self.options.scope, round_to=1)
         mask = np.concatenate(
             [np.isin(np.arange(group.channels), stay) for group, stay in zip(self.groups, kept, strict=True)]
@@ -118,14 +118,17 @@ class NetworkCuts(Callback):
 
     def _cut(self, trainer: Trainer, pl_module: Any, share: float) -> None:
         began = time.perf_counter()
-        labelled = self.labelled() if self.options.importance == "taylor" else None
+
+        def labelled() -> Iterable[tuple[Tensor, Tensor]]:
+            return self.ledger.charged("cuts", self.labelled(), backward=True)
+
         pl_module.slim(
             self.options,
             share=share,
             input_size=self.input_size,
             full=self.full,
             seed=self.seed + trainer.current_epoch,
-            labelled=labelled and self.ledger.charged("cuts", labelled, backward=True),
+            labelled=labelled if self.options.importance == "taylor" else None,
         )
         self.ledger.renew(pl_module.model)
         images = self.ledger.charged("cuts", self.images())

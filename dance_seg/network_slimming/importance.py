@@ -1,10 +1,11 @@
 """How much each channel matters, and which of them stay.
 
 A group's channels are scored together, over all tensors that make them. Scores come from the weights, which are equal
-on all ranks, or from gradients, which are summed over the ranks first: each rank must cut the same channels.
+on all ranks, or from gradients, which are summed over the ranks first: each rank must cut the same channels. What a
+channel costs can be weighed against what it is worth (`per_mac`).
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dance_seg.distributed import sum_over_ranks
-from dance_seg.network_slimming.channels import Group, Member
+from dance_seg.network_slimming.channels import Group, Groups, Member
+from dance_seg.network_slimming.size_bounds import MacsBounds
 from dance_seg.randomness import Stream, generator
 
 Measure = Literal["bn_scale", "magnitude", "taylor", "random"]
@@ -21,35 +23,40 @@ MEASURES: tuple[Measure, ...] = ("bn_scale", "magnitude", "taylor", "random")
 
 
 def importance(
-    model: nn.Module, groups: Iterable[Group], measure: Measure, *, seed: int = 0
+    model: nn.Module,
+    groups: Iterable[Group],
+    measure: Measure,
+    *,
+    seed: int = 0,
+    passes: Iterable[object] | None = None,
 ) -> list[np.ndarray | None]:
     """One score per channel (float64, higher matters more) for each group; None where the measure says nothing.
 
     bn_scale: mean |gamma| of the batch and group norms that scale the channel (network slimming, arXiv 1708.06519).
     magnitude: root mean square of the weights that make it, over that of its group, since layers differ in scale.
-    taylor: |sum of weight x gradient| over what makes it, from the gradients that the parameters hold now, which are
-    averaged over ranks by DDP (first-order Taylor, arXiv 1906.10771). random: the control.
+    taylor: |sum of weight x gradient| over what makes it, from the gradients that the parameters hold now, summed over
+    ranks (first-order Taylor, arXiv 1906.10771). Iterating over `passes` makes one backward pass after another, each
+    leaving its own gradients; then it is the root mean square over the passes of all ranks. random: the control.
 
     Raises ValueError for a measure that says nothing of any group, such as bn_scale without a norm.
     """
     parameters, scales = dict(model.named_parameters()), norm_scales(model)
-    scores: list[np.ndarray | None] = []
-    for number, group in enumerate(groups):
-        makers = [member for member in group.members if not member.reads and member.tensor in parameters]
+    groups = list(groups)
+    scores: list[np.ndarray | None] = _taylor(parameters, groups, passes) if measure == "taylor" else []
+    for number, group in enumerate(groups if measure != "taylor" else ()):
+        makers = _makers(group, parameters)
         if measure == "random":
             scores.append(generator(seed, Stream.CUTS, number).random(group.channels))
         elif measure == "bn_scale":
             found = [_per_channel(parameters[m.tensor].detach().abs(), m) for m in makers if m.tensor in scales]
             scores.append(np.mean(found, axis=0) if found else None)
-        elif measure == "magnitude":
+        else:
             weights = [m for m in makers if parameters[m.tensor].ndim > 1] or makers
             if not weights:  # made by buffers
                 scores.append(None)
                 continue
             squares = np.mean([_per_channel(parameters[m.tensor].detach() ** 2, m) for m in weights], axis=0)
             scores.append(np.sqrt(squares / max(float(squares.mean()), 1e-30)))
-        else:
-            scores.append(_taylor(parameters, makers))
     if all(score is None for score in scores):
         why = {
             "bn_scale": "no group has a batch or group norm; choose magnitude or taylor",
@@ -59,22 +66,81 @@ def importance(
     return scores
 
 
-def _taylor(parameters: dict[str, nn.Parameter], makers: Sequence[Member]) -> np.ndarray | None:
+def _makers(group: Group, parameters: Mapping[str, nn.Parameter]) -> list[Member]:
+    return [member for member in group.members if not member.reads and member.tensor in parameters]
+
+
+def _taylor(
+    parameters: Mapping[str, nn.Parameter], groups: Sequence[Group], passes: Iterable[object] | None
+) -> list[np.ndarray | None]:
+    makers = [_makers(group, parameters) for group in groups]
+    channels = [group.channels for group in groups]
+    device = next((parameter.device for parameter in parameters.values()), torch.device("cpu"))
+
+    def changes() -> np.ndarray:
+        """Of all channels; then for each group whether it is known; then 1."""
+        found = [_change(parameters, of_group) for of_group in makers]
+        known = [np.zeros(n) if change is None else change for n, change in zip(channels, found, strict=True)]
+        return np.concatenate([*known, [change is not None for change in found], [1.0]])
+
+    if passes is None:
+        scores = np.abs(_sum_over_ranks(changes(), device))
+    else:  # squared one by one: in the sum of all, what a channel adds here and takes away there would be lost
+        own = np.zeros(sum(channels) + len(channels) + 1)
+        for _ in passes:
+            own += changes() ** 2
+        squares = _sum_over_ranks(own, device)
+        scores = np.sqrt(squares / max(squares[-1], 1.0))
+    *of_groups, rest = np.split(scores, np.cumsum(channels))
+    return [score if known else None for score, known in zip(of_groups, rest[:-1], strict=True)]
+
+
+def _sum_over_ranks(values: np.ndarray, device: torch.device) -> np.ndarray:
+    """NCCL adds up what lies on its device."""
+    held = torch.from_numpy(values)
+    return sum_over_ranks(held.to(device) if device.type == "cuda" else held).cpu().numpy()
+
+
+def _change(parameters: Mapping[str, nn.Parameter], makers: Sequence[Member]) -> np.ndarray | None:
+    """How fast the loss changes when all that makes a channel is scaled; None where nothing holds a gradient."""
     total = None
     for member in makers:
         parameter = parameters[member.tensor]
         if parameter.grad is not None:
-            product = _per_channel(parameter.detach() * sum_over_ranks(parameter.grad), member, mean=False)
+            product = _per_channel(parameter.detach() * parameter.grad, member, mean=False)
             total = product if total is None else total + product
-    return None if total is None else np.abs(total)
+    return total
 
 
 def _per_channel(values: Tensor, member: Member, *, mean: bool = True) -> np.ndarray:
     """The mean or sum of a tensor over everything that belongs to each channel of a member."""
     rows = values.movedim(member.dim, 0).flatten(1) if values.ndim > 1 else values[:, None]
-    rows = rows.double()
-    per_position = (rows.mean(1) if mean else rows.sum(1)).cpu().numpy()[member.positions]
+    rows = rows.cpu().double()  # Apple's GPUs have no float64
+    per_position = (rows.mean(1) if mean else rows.sum(1)).numpy()[member.positions]
     return per_position.mean(1) if mean else per_position.sum(1)
+
+
+def per_mac(
+    model: nn.Module, groups: Groups, scores: Sequence[np.ndarray | None], input_size: tuple[int, int]
+) -> list[np.ndarray | None]:
+    """Scores over the MACs that one channel of its group costs, for a ranking over groups that differ in cost.
+
+    What a channel costs is taken while half of its group is there and all of the others, for one image (H, W), as far
+    as convolutions and linear layers count. Where it costs nothing its score is infinite: nothing is saved without it.
+    """
+    bounds = MacsBounds(model, input_size)
+    whole = [np.arange(group.channels) for group in groups]
+    now, _ = bounds.after(groups, whole)
+    found: list[np.ndarray | None] = []
+    for number, (group, score) in enumerate(zip(groups, scores, strict=True)):
+        if score is None:
+            found.append(None)
+            continue
+        half = max(1, group.channels // 2)
+        fewer, _ = bounds.after(groups, [*whole[:number], whole[number][:half], *whole[number + 1 :]])
+        cost = (now - fewer) / max(group.channels - half, 1)
+        found.append(score / cost if cost else np.full_like(score, np.inf))
+    return found
 
 
 def norm_scales(model: nn.Module) -> set[str]:

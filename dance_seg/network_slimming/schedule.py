@@ -25,6 +25,7 @@ class NetworkSlimming:
     of: Literal["macs", "channels", "latency"] = "macs"  # what `keep` is a share of
     importance: Literal["bn_scale", "magnitude", "taylor", "random"] = "bn_scale"
     scope: Literal["global", "group"] = "global"  # rank channels over the whole network, or in each group
+    per_mac: bool = False  # rank by importance per MAC that a channel costs, instead of importance alone
     schedule: Literal["progressive", "mask_distance"] = "progressive"
     start: float = 0.1  # progress at the first cut
     end: float = 0.5  # progress at the last cut; by then mask_distance cuts in any case
@@ -47,6 +48,10 @@ class NetworkSlimming:
                 raise ValueError(f"{at}{key} is {getattr(self, key)}: at least 1")
         if not (math.isfinite(self.sparsity) and self.sparsity >= 0):
             raise ValueError(f"{at}sparsity is {self.sparsity}: zero or a small positive number, such as 0.0001")
+        if self.per_mac and self.scope == "group":
+            raise ValueError(
+                f"{at}per_mac is true and {at}scope is group, in which all channels cost the same; choose scope global"
+            )
         if not 0 <= self.branches < 1:
             raise ValueError(f"{at}branches is {self.branches}: a share in [0, 1); 0 keeps all branches")
 

@@ -1,7 +1,7 @@
 """One cut, from looking at a network to its smaller self: branches, groups, importance, share, surgery."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 
@@ -15,7 +15,7 @@ from dance_seg.distributed import gather
 from dance_seg.network_slimming.branches import find_branches, remove_branch, weak_branches
 from dance_seg.network_slimming.channels import Group, Groups
 from dance_seg.network_slimming.groups import find_groups
-from dance_seg.network_slimming.importance import channels_to_keep, importance
+from dance_seg.network_slimming.importance import channels_to_keep, importance, per_mac
 from dance_seg.network_slimming.schedule import NetworkSlimming
 from dance_seg.network_slimming.size_bounds import MacsBounds
 from dance_seg.network_slimming.structure import structure_hash
@@ -91,13 +91,15 @@ def slim(
     optimizers: Sequence[torch.optim.Optimizer] = (),
     followers: Iterable[nn.Module] = (),
     seed: int = 0,
+    passes: Callable[[], Iterable[object]] | None = None,
 ) -> tuple[Groups, Kept]:
     """Cut a model in place to a share of its full size; returns the groups and the channels of each that stayed.
 
     `share` is what is left, of what `options.of` names, by default `options.keep`; `full` is the size to take it of, by
     default the model's own now. Optimiser state follows, and so do `followers`, models of the same structure such as an
-    average of the weights. For `importance: taylor` the parameters hold gradients. Under DDP every rank calls this and
-    wraps the model anew. Raises ValueError when nothing can be cut or scored, RuntimeError when ranks would differ.
+    average of the weights. For `importance: taylor` the parameters hold gradients, or `passes` begins backward passes
+    to iterate over (see `importance`). Under DDP every rank calls this and wraps the model anew. Raises ValueError when
+    nothing can be cut or scored, RuntimeError when ranks would differ.
 
     >>> model = nn.Sequential(nn.Conv2d(3, 32, 3), nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 2, 1))
     >>> _ = slim(model, NetworkSlimming(keep=0.5, importance="magnitude"), input_size=(8, 8))
@@ -108,9 +110,9 @@ def slim(
     models = [model, *followers]
     groups = slimmable(model, options, input_size)
     full = full or size_of(model, options, input_size, groups)
-    if _remove_weak_branches(models, options, input_size, seed, optimizers):
+    if _remove_weak_branches(models, options, input_size, seed, optimizers, passes):
         groups = slimmable(model, options, input_size)
-    scores = importance(model, groups, options.importance, seed=seed)
+    scores = channel_scores(model, groups, options, input_size, seed, passes)
     kept = _kept_for_share(model, options, groups, scores, share, input_size, full)
     for number, each in enumerate(models):
         cut(each, groups, kept, optimizers if number == 0 else ())
@@ -120,19 +122,35 @@ def slim(
     return groups, kept
 
 
+def channel_scores(
+    model: nn.Module,
+    groups: Groups,
+    options: NetworkSlimming,
+    input_size: tuple[int, int],
+    seed: int,
+    passes: Callable[[], Iterable[object]] | None = None,
+) -> list[np.ndarray | None]:
+    """What the channels of each group are ranked by."""
+    made = passes() if passes is not None else None
+    scores = importance(model, groups, options.importance, seed=seed, passes=made)
+    return per_mac(model, groups, scores, input_size) if options.per_mac else scores
+
+
 def _remove_weak_branches(
     models: Sequence[nn.Module],
     options: NetworkSlimming,
     input_size: tuple[int, int],
     seed: int,
     optimizers: Sequence[torch.optim.Optimizer],
+    passes: Callable[[], Iterable[object]] | None,
 ) -> bool:
     """Whether there were any."""
     model = models[0]
     if not options.branches or not find_branches(model):
         return False
     groups = find_groups(model, input_size)  # of the whole network, whatever `only` leaves of it for cutting
-    scores = importance(model, groups, options.importance, seed=seed)
+    made = passes() if passes is not None else None
+    scores = importance(model, groups, options.importance, seed=seed, passes=made)
     weak = weak_branches(model, groups, scores, options.branches)
     for number, path in enumerate(weak):
         if number:

@@ -222,6 +222,30 @@ def test_ranks_with_different_gradients_cut_the_channels_that_one_process_would(
         assert torch.load(tmp_path / f"slimmed-2-{rank}.pt") == alone
 
 
+def _slim_by_passes_on_a_rank(rank, ranks, folder):
+    """Five images, of which one rank has three and the other two: a pass each."""
+    model = joined_batch()[0]
+    images, labels = joined_batch()[1:3]
+
+    def passes():
+        for number in range(rank, 5, ranks):
+            model.zero_grad()
+            per_sample_cross_entropy(model(images[number][None]), labels[number][None]).sum().backward()
+            yield
+
+    options = NetworkSlimming(importance="taylor", of="channels", min_channels=1, round_to=1)
+    _, kept = slim(model, options, input_size=(16, 16), passes=passes)
+    torch.save((structure_hash(model), [stay.tolist() for stay in kept]), folder / f"passes-{ranks}-{rank}.pt")
+
+
+def test_ranks_with_other_numbers_of_passes_cut_the_channels_that_one_process_would(tmp_path):
+    _slim_by_passes_on_a_rank(0, 1, tmp_path)
+    on_ranks(_slim_by_passes_on_a_rank, 2, tmp_path)
+    alone = torch.load(tmp_path / "passes-1-0.pt")
+    for rank in range(2):
+        assert torch.load(tmp_path / f"passes-2-{rank}.pt") == alone
+
+
 def test_a_run_on_two_ranks_killed_after_a_cut_ends_with_the_weights_of_an_undisturbed_one(tmp_path):
     cuts = ("network_slimming.start=0.2", "network_slimming.end=0.6", "network_slimming.cuts=2")
     often = ("trainer.devices=2", "trainer.save_every_minutes=0", "trainer.max_epochs=4")

@@ -12,6 +12,7 @@ from dance_seg.network_slimming.importance import (
     channels_to_keep,
     importance,
     norm_scales,
+    per_mac,
     rounded_width,
     scales_of,
 )
@@ -122,6 +123,41 @@ def test_taylor_is_the_absolute_sum_of_weight_times_gradient_over_what_makes_a_c
         if name in gradients:
             parameter.grad = torch.tensor(gradients[name]).reshape(parameter.shape)
     assert score(model, "taylor").tolist() == [abs(4 + 9 - 1), abs(-1 + 0 + 1), abs(0 - 9 + 2)]
+
+
+def test_taylor_over_passes_is_their_root_mean_square_where_a_sum_would_cancel():
+    model = small()
+    groups = find_groups(model, SIZE)
+
+    def passes():
+        for gradient in ([2.0, 1.0, 0.0], [-2.0, 1.0, 0.0]):  # times -0.5, 0.25 and 2
+            for parameter in model.parameters():
+                parameter.grad = torch.zeros_like(parameter)
+            model.norm.weight.grad = torch.tensor(gradient)
+            yield
+
+    (scores,) = importance(model, groups, "taylor", passes=passes())
+    assert scores.tolist() == [1.0, 0.25, 0.0]
+    model.norm.weight.grad = torch.tensor([0.0, 2.0, 0.0])  # the sum of both
+    assert score(model, "taylor").tolist() == [0.0, 0.5, 0.0]
+
+
+def test_taylor_without_any_pass_says_nothing():
+    with pytest.raises(ValueError, match="importance is taylor"):
+        importance(model := small(), find_groups(model, SIZE), "taylor", passes=[])
+
+
+def test_per_mac_divides_by_what_one_channel_costs():
+    """At SIZE each number of the first two weights is used on all positions, of the last two on a quarter of them."""
+    model = nn.Sequential(conv(3, 8), conv(8, 4), nn.AvgPool2d(2), conv(4, 16), conv(16, 2))
+    groups = find_groups(model, SIZE)
+    assert [group.channels for group in groups] == [8, 4, 16]
+    pixels, kernel = SIZE[0] * SIZE[1], model[0].kernel_size[0] ** 2
+    ones = [np.ones(8), None, np.full(16, 6.0)]
+    first, second, third = per_mac(model, groups, ones, SIZE)
+    assert second is None
+    assert first == pytest.approx(np.full(8, 1 / (pixels * kernel * (3 + 4))))
+    assert third == pytest.approx(np.full(16, 6 / (pixels / 4 * kernel * (4 + 2))))
 
 
 @pytest.mark.parametrize("name", ["residual", "squeeze_excite", "grouped", "depthwise_multiplier"])

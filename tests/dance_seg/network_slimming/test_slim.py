@@ -151,6 +151,40 @@ def test_taylor_takes_the_gradients_that_are_there():
     assert widths(model) != [16, 32, 24, 16, 2]
 
 
+def test_taylor_takes_one_pass_after_another_where_they_are_given():
+    model, images, made = make().eval(), random_images(), []
+
+    def passes():
+        for image in images:
+            model.zero_grad()
+            model(image[None]).square().mean().backward()
+            made.append(image)
+            yield
+
+    slim(model, options(importance="taylor"), input_size=SIZE, passes=passes)
+    assert len(made) == len(images)
+    assert widths(model) != [16, 32, 24, 16, 2]
+
+
+def test_per_mac_cuts_what_is_dear_where_importance_alone_cuts_what_is_cheap():
+    """The later half matters a little less and works at a sixteenth of the positions."""
+    left = []
+    for per_mac in (False, True):
+        model = nn.Sequential(block(3, 16), block(16, 16), nn.AvgPool2d(4), block(16, 16), block(16, 16), conv(16, 2))
+        for layer, scale in ((0, 1.0), (1, 1.0), (3, 0.9), (4, 0.9)):
+            nn.init.constant_(model[layer][1].weight, scale)
+        slim(model, options(keep=0.5, importance="bn_scale", per_mac=per_mac), input_size=SIZE)
+        left.append(widths(model))
+    assert left[0][2:4] == [1, 1]
+    assert left[1][2:4] == [16, 16]
+    assert sum(left[1]) > sum(left[0])
+
+
+def test_a_ranking_within_groups_has_no_use_for_costs():
+    with pytest.raises(ValueError, match=r"per_mac is true and network_slimming\.scope is group"):
+        options(scope="group", per_mac=True)
+
+
 def test_the_random_control_is_drawn_from_the_seed():
     def kept(seed: int, measure: str = "random") -> list[list[int]]:
         _, stay = slim(make(), options(importance=measure), input_size=SIZE, seed=seed)
