@@ -40,23 +40,19 @@ def importance(
 
     Raises ValueError for a measure that says nothing of any group, such as bn_scale without a norm.
     """
-    parameters, scales = dict(model.named_parameters()), norm_scales(model)
-    groups = list(groups)
-    scores: list[np.ndarray | None] = _taylor(parameters, groups, passes) if measure == "taylor" else []
-    for number, group in enumerate(groups if measure != "taylor" else ()):
-        makers = _makers(group, parameters)
-        if measure == "random":
-            scores.append(generator(seed, Stream.CUTS, number).random(group.channels))
-        elif measure == "bn_scale":
-            found = [_per_channel(parameters[m.tensor].detach().abs(), m) for m in makers if m.tensor in scales]
-            scores.append(np.mean(found, axis=0) if found else None)
-        else:
-            weights = [m for m in makers if parameters[m.tensor].ndim > 1] or makers
-            if not weights:  # made by buffers
-                scores.append(None)
-                continue
-            squares = np.mean([_per_channel(parameters[m.tensor].detach() ** 2, m) for m in weights], axis=0)
-            scores.append(np.sqrt(squares / max(float(squares.mean()), 1e-30)))
+    parameters, scales, groups = dict(model.named_parameters()), norm_scales(model), list(groups)
+    makers = [
+        [member for member in group.members if not member.reads and member.tensor in parameters] for group in groups
+    ]
+    scores: list[np.ndarray | None]
+    if measure == "taylor":
+        scores = _taylor(parameters, [group.channels for group in groups], makers, passes)
+    elif measure == "bn_scale":
+        scores = [_bn_scale(parameters, [m for m in of_group if m.tensor in scales]) for of_group in makers]
+    elif measure == "magnitude":
+        scores = [_magnitude(parameters, of_group) for of_group in makers]
+    else:
+        scores = [generator(seed, Stream.CUTS, n).random(group.channels) for n, group in enumerate(groups)]
     if all(score is None for score in scores):
         why = {
             "bn_scale": "no group has a batch or group norm; choose magnitude or taylor",
@@ -66,15 +62,25 @@ def importance(
     return scores
 
 
-def _makers(group: Group, parameters: Mapping[str, nn.Parameter]) -> list[Member]:
-    return [member for member in group.members if not member.reads and member.tensor in parameters]
+def _bn_scale(parameters: Mapping[str, nn.Parameter], scales: Sequence[Member]) -> np.ndarray | None:
+    found = [_per_channel(parameters[scale.tensor].detach().abs(), scale) for scale in scales]
+    return np.mean(found, axis=0) if found else None
+
+
+def _magnitude(parameters: Mapping[str, nn.Parameter], makers: Sequence[Member]) -> np.ndarray | None:
+    weights = [maker for maker in makers if parameters[maker.tensor].ndim > 1] or makers
+    if not weights:  # made by buffers
+        return None
+    squares = np.mean([_per_channel(parameters[m.tensor].detach() ** 2, m) for m in weights], axis=0)
+    return np.sqrt(squares / max(float(squares.mean()), 1e-30))
 
 
 def _taylor(
-    parameters: Mapping[str, nn.Parameter], groups: Sequence[Group], passes: Iterable[object] | None
+    parameters: Mapping[str, nn.Parameter],
+    channels: Sequence[int],
+    makers: Sequence[Sequence[Member]],
+    passes: Iterable[object] | None,
 ) -> list[np.ndarray | None]:
-    makers = [_makers(group, parameters) for group in groups]
-    channels = [group.channels for group in groups]
     device = next((parameter.device for parameter in parameters.values()), torch.device("cpu"))
 
     def changes() -> np.ndarray:
@@ -115,8 +121,9 @@ def _change(parameters: Mapping[str, nn.Parameter], makers: Sequence[Member]) ->
 def _per_channel(values: Tensor, member: Member, *, mean: bool = True) -> np.ndarray:
     """The mean or sum of a tensor over everything that belongs to each channel of a member."""
     rows = values.movedim(member.dim, 0).flatten(1) if values.ndim > 1 else values[:, None]
-    rows = rows.cpu().double()  # Apple's GPUs have no float64
-    per_position = (rows.mean(1) if mean else rows.sum(1)).numpy()[member.positions]
+    rows = rows.cpu()  # Apple's GPUs have no float64
+    of_rows = rows.mean(1, dtype=torch.float64) if mean else rows.sum(1, dtype=torch.float64)
+    per_position = of_rows.numpy()[member.positions]
     return per_position.mean(1) if mean else per_position.sum(1)
 
 
