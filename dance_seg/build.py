@@ -101,6 +101,10 @@ def build_module(recipe: Recipe, model: nn.Module, datamodule: "SegmentationData
         )
     if options.channels_last:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if options.precision == "bf16-mixed":
+        from dance_seg.execution import depthwise_in_float32
+
+        model = depthwise_in_float32(model)
     module = SegmentationModule(
         model,
         classes=datamodule.classes,

@@ -8,7 +8,17 @@ from torch import nn
 
 from dance_seg import build, execution
 from dance_seg.build import train
-from dance_seg.execution import Execution, Trial, Work, choose, compiling_may_repay, described, measure, workload
+from dance_seg.execution import (
+    Execution,
+    Trial,
+    Work,
+    choose,
+    compiling_may_repay,
+    depthwise_in_float32,
+    described,
+    measure,
+    workload,
+)
 from dance_seg.recipe import load_recipe
 from datamodules import build_datamodule
 from tests.tiny import tiny
@@ -175,3 +185,51 @@ def test_another_rank_waits_for_the_choice_only_so_long(tmp_path, monkeypatch):
     recipe = tiny("trainer.execution=auto", cache=tmp_path / "cache")
     with pytest.raises(TimeoutError, match="rank 0"):
         train(recipe, build_datamodule(recipe), tmp_path / "run")
+
+
+# Depthwise convolutions ---------------------------------------------------------------------------------------------
+
+
+def separable():
+    return nn.Sequential(nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 4, 1), nn.Conv2d(4, 4, 3, groups=2))
+
+
+def test_under_autocast_depthwise_convolutions_alone_compute_in_float32():
+    model, images = separable(), torch.randn(2, 8, 8, 8)
+    plain = copy.deepcopy(model)
+    depthwise_in_float32(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert [layer(given).dtype for layer, given in zip(model, (images, images, images[:, :4]), strict=True)] == [
+            torch.float32,
+            torch.bfloat16,
+            torch.bfloat16,
+        ]
+        assert plain[0](images).dtype == torch.bfloat16
+        made = model[0](images.bfloat16())
+    expected = plain[0](images.bfloat16().float())
+    made.sum().backward()
+    expected.sum().backward()
+    assert torch.equal(made, expected)
+    assert torch.equal(model[0].weight.grad, plain[0].weight.grad)
+
+
+def test_a_copy_computes_with_its_own_weights():
+    model = depthwise_in_float32(separable())
+    copied = copy.deepcopy(model)
+    nn.init.zeros_(copied[0].weight)
+    nn.init.zeros_(copied[0].bias)
+    images = torch.randn(1, 8, 8, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert copied[0](images).abs().max() == 0
+        assert model[0](images).abs().max() > 0
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16-mixed", torch.float32), ("32-true", torch.bfloat16)])
+def test_a_run_in_bfloat16_trains_so(tmp_path, precision, dtype):
+    changes = ("model.args.encoder_name=mobilenet_v2", f"trainer.precision={precision}")
+    recipe = tiny(*changes, cache=tmp_path / "cache")
+    data = build_datamodule(recipe)
+    module = build.build_module(recipe, build.build_model(recipe, len(data.classes)), data)
+    layer = next(one for one in module.model.modules() if isinstance(one, nn.Conv2d) and one.groups > 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(torch.zeros(1, layer.in_channels, 8, 8)).dtype == dtype
