@@ -1,8 +1,8 @@
 """How training steps are executed on the machine at hand: precision, memory layout, compilation, measured and chosen.
 
 The same change helps one network and harms another: on a CPU with bfloat16 products FPN trains 2.7 times faster in
-bfloat16, and DeepLabV3+, whose dilated depthwise convolutions have no such kernel, trained 3 times slower until these
-stayed in float32. So with `trainer.execution: auto` a few true training steps are taken each way, at the sizes that the run's plan will use, and
+bfloat16, and DeepLabV3+, whose dilated convolutions have no such kernel, 3 times slower. So with
+`trainer.execution: auto` a few true training steps are taken each way, at the sizes that the run's plan will use, and
 the fastest is taken whose loss is that of float32. The choice is made once and stands in the run's recipe.yaml.
 """
 
