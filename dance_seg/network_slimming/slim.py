@@ -131,9 +131,19 @@ def channel_scores(
     passes: Callable[[], Iterable[object]] | None = None,
 ) -> list[np.ndarray | None]:
     """What the channels of each group are ranked by."""
-    made = passes() if passes is not None else None
-    scores = importance(model, groups, options.importance, seed=seed, passes=made)
+    scores = _importance(model, groups, options, seed, passes)
     return per_mac(model, groups, scores, input_size) if options.per_mac else scores
+
+
+def _importance(
+    model: nn.Module,
+    groups: Groups,
+    options: NetworkSlimming,
+    seed: int,
+    passes: Callable[[], Iterable[object]] | None,
+) -> list[np.ndarray | None]:
+    made = passes() if passes is not None else None
+    return importance(model, groups, options.importance, seed=seed, passes=made)
 
 
 def _remove_weak_branches(
@@ -149,8 +159,7 @@ def _remove_weak_branches(
     if not options.branches or not find_branches(model):
         return False
     groups = find_groups(model, input_size)  # of the whole network, whatever `only` leaves of it for cutting
-    made = passes() if passes is not None else None
-    scores = importance(model, groups, options.importance, seed=seed, passes=made)
+    scores = _importance(model, groups, options, seed, passes)
     weak = weak_branches(model, groups, scores, options.branches)
     for number, path in enumerate(weak):
         if number:
