@@ -14,6 +14,7 @@ from torch.nn import functional
 
 import dance_seg.export as export
 import dance_seg.onnx_tools as onnx_tools
+from dance_seg.early_exit.exits import ExitNetwork
 from dance_seg.errors import CheckpointError, DataError
 from dance_seg.export import (
     OnnxFile,
@@ -313,8 +314,11 @@ def test_files_that_are_no_safetensors_file_of_this_project_are_refused(
 @pytest.mark.parametrize("half", [False, True], ids=["whole", "half"])
 @pytest.mark.parametrize("family", FAMILIES, ids=str)
 def test_every_family_agrees_with_its_file(family: Family, half: bool, tmp_path: Path) -> None:
-    found = measure(prepared(family, half=half), tmp_path / "net.onnx", runs=1)
+    model = prepared(family, half=half)
+    found = measure(model, tmp_path / "net.onnx", runs=1)
     assert found.agreement.argmax >= 0.9999
     assert found.undecided < 2e-3
+    if isinstance(model, ExitNetwork):
+        return  # its files take one size
     pixels = random_pixels(1, 3, SIZE[0] // 2, SIZE[1] // 2)
     assert np.isfinite(OnnxFile(tmp_path / "net.onnx").logits(pixels)).all()
