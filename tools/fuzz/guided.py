@@ -1,6 +1,6 @@
 """A reader against inputs that go where none has been: python -m tools.fuzz.guided READER [--seconds 60].
 
-atheris, libFuzzer for Python (`pip install atheris`, on Linux), sees which branches of dance_seg and datamodules an
+atheris, libFuzzer for Python (`pip install atheris==3.0.0`, on Linux), sees which branches of dance_seg and datamodules an
 input takes, and goes on changing those that take new ones. It begins with the reader's valid files, half of the changed
 ones get right checksums, and it ends with the first input that is neither read nor refused, which is kept.
 """
@@ -28,7 +28,7 @@ def main() -> int:
     if given.seconds < 1 or given.seed < 0:
         raise ValueError(f"--seconds {given.seconds}, --seed {given.seed}: at least 1 second, and a seed from 0")
     if find_spec("atheris") is None:
-        raise ValueError("atheris is not installed; on Linux: pip install atheris. make fuzz does without")
+        raise ValueError("atheris is not installed; on Linux: pip install atheris==3.0.0. make fuzz does without")
     given.keep.mkdir(parents=True, exist_ok=True)
     kept = given.keep / f"{given.reader}_guided_{given.seed}"
     with tempfile.TemporaryDirectory(prefix="dance-seg-fuzz-") as folder:
