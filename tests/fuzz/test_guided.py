@@ -26,7 +26,7 @@ main()
 @pytest.mark.skipif(find_spec("atheris") is not None, reason="atheris is installed")
 def test_without_atheris_it_says_so(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["guided", "list", "--keep", str(tmp_path)])
-    with pytest.raises(ValueError, match="atheris is not installed; on Linux: pip install atheris==3.0.0"):
+    with pytest.raises(ValueError, match=r"atheris is not installed; on Linux: pip install atheris==3\.0\.0"):
         main()
 
 

@@ -1,8 +1,8 @@
 """A reader against inputs that go where none has been: python -m tools.fuzz.guided READER [--seconds 60].
 
-atheris, libFuzzer for Python (`pip install atheris==3.0.0`, on Linux), sees which branches of dance_seg and datamodules an
-input takes, and goes on changing those that take new ones. It begins with the reader's valid files, half of the changed
-ones get right checksums, and it ends with the first input that is neither read nor refused, which is kept.
+atheris, libFuzzer for Python (`pip install atheris==3.0.0`, on Linux), sees which branches of dance_seg and datamodules
+an input takes, and goes on changing those that take new ones. It begins with the reader's valid files, half of the
+changed ones get right checksums, and it ends with the first input that is neither read nor refused, which is kept.
 """
 
 import os
