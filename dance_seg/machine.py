@@ -1,8 +1,11 @@
-"""What the machine is, which secrets its environment holds, and writing a file on it whole or not at all."""
+"""What the machine is, what of it this process may use, which secrets its environment holds, and writing a file on it
+whole or not at all.
+"""
 
 import os
 import platform
 import re
+from contextlib import suppress
 from pathlib import Path
 
 _SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
@@ -15,6 +18,39 @@ def processor() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
     return name
+
+
+def cores() -> int:
+    """How many cores this process may use: those it is bound to, and no more than the limit of its container.
+
+    Torch's threads wait for each other by spinning, so more of them than cores are slower than one.
+    """
+    found = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    limit = _container_limit(Path("/sys/fs/cgroup"))
+    return found if limit is None else max(1, min(found, round(limit)))
+
+
+def threads(asked: int = 0) -> int:
+    """How many threads torch may compute with: as many as asked for; for 0 OMP_NUM_THREADS, else `cores()`.
+
+    >>> threads(3)
+    3
+    """
+    if asked:
+        return asked
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    return int(given) if given.isdecimal() and int(given) else cores()
+
+
+def _container_limit(groups: Path) -> float | None:
+    """The cores that a control group grants, version 2 or 1; None for no limit."""
+    with suppress(OSError, ValueError):
+        quota, period = (groups / "cpu.max").read_text().split()
+        return None if quota == "max" else int(quota) / int(period)
+    with suppress(OSError, ValueError):
+        quota, period = ((groups / "cpu" / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+        return int(quota) / int(period) if int(quota) > 0 else None
+    return None
 
 
 def secrets() -> dict[str, str]:

@@ -84,7 +84,7 @@ class Training:
     gradient_clip: float | None = None  # norm
     bad_steps: int = 10  # steps in a row that may be passed over for NaN or infinity before training stops
     ema: float | None = None  # decay of the averaged weights that are validated and exported; None: no average
-    threads: int = 0  # of the processor, for torch; 0: as many as there are cores
+    threads: int = 0  # of torch; 0: OMP_NUM_THREADS, else as many as this process may use cores
     validate_every: int = 1  # epochs
     choose_from: float = 0.8  # progress from which a validation may choose the best checkpoint
     save_every_minutes: float = 5.0

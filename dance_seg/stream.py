@@ -9,7 +9,6 @@ any other: `tools.predict` and `tools.export` take it.
 
 import copy
 import json
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -32,7 +31,7 @@ from dance_seg.distillation.scores import StreamScores, pricing, scored
 from dance_seg.distillation.state import StreamState
 from dance_seg.distillation.teacher import Teacher, check_classes
 from dance_seg.errors import DataError
-from dance_seg.machine import write_text
+from dance_seg.machine import threads, write_text
 from dance_seg.metrics_file import MetricsFile
 from dance_seg.normalise import downsampled_size
 from dance_seg.randomness import Stream, seed_torch
@@ -90,7 +89,7 @@ def follow_stream(
     if source.classes:
         check_classes(teacher.classes, source.classes)
     recipe = open_folder(recipe, folder)
-    torch.set_num_threads(recipe.trainer.threads or os.cpu_count() or 1)
+    torch.set_num_threads(threads(recipe.trainer.threads))
     if notes(folder).get("finished"):
         say(f"{folder} is finished; give another name= to follow anew")
         return folder

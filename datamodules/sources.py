@@ -15,6 +15,7 @@ from typing import Literal, NamedTuple, TypeVar
 import numpy as np
 
 from dance_seg.errors import DataError
+from dance_seg.machine import cores
 from dance_seg.plain_data import parse_json
 from dance_seg.sample import IGNORE, Sample
 from datamodules.image_files import exif_orientation, image_size, read_image, read_label
@@ -328,11 +329,8 @@ def in_order(call: Callable[[int], T], count: int, threads: int | None = None) -
 
 
 def num_threads() -> int:
-    """How many threads decode: the processors this process may use, at most 8."""
-    try:
-        return min(8, len(os.sched_getaffinity(0)))
-    except AttributeError:  # not on macOS
-        return min(8, os.cpu_count() or 1)
+    """How many threads decode: the cores this process may use, at most 8."""
+    return min(8, cores())
 
 
 def with_progress(items: Iterable[T], count: int, what: str, progress: bool) -> Iterable[T]:

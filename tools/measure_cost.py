@@ -7,12 +7,12 @@ none, an estimate is shown, apart from anything measured.
 
 import argparse
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dance_seg.machine import threads
 from dance_seg.plain_data import read_object
 from tools.cli import parser, run, write_json
 
@@ -54,7 +54,7 @@ def arguments() -> argparse.Namespace:
     )
     made.add_argument("--channels-last", action="store_true", help="lay channels innermost, as training may do")
     made.add_argument("--seconds", type=float, default=5.0, help="how long to measure each batch; default 5")
-    made.add_argument("--threads", type=int, default=0, help="of the processor; default: as many as cores")
+    made.add_argument("--threads", type=int, default=0, help="of torch; default: OMP_NUM_THREADS, else its cores")
     made.add_argument("--throughput", action="store_true", help="look for the batch with the most images per second")
     made.add_argument("--roofline", action="store_true", help="how much of the machine is used; writes roofline.html")
     made.add_argument("--watts", type=float, help="the device's power, to estimate joules from where there is no meter")
@@ -67,17 +67,12 @@ def arguments() -> argparse.Namespace:
     if not 0 < given.seconds < float("inf"):
         raise ValueError(f"--seconds {given.seconds}: a number above 0")
     if given.threads < 0:
-        raise ValueError(f"--threads {given.threads}: 0 for as many as cores, or more")
+        raise ValueError(f"--threads {given.threads}: 0 for as many as this process may use cores, or more")
     if given.watts is not None and not 0 < given.watts < float("inf"):
         raise ValueError(f"--watts {given.watts}: a number above 0")
-    given.threads = given.threads or cores()
+    given.threads = threads(given.threads)
     given.batch = list(dict.fromkeys(given.batch))
     return given
-
-
-def cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def measure_run(given: argparse.Namespace) -> dict[str, Any]:
@@ -244,9 +239,9 @@ def roofline_of(
         seconds = spent.get("cost/step_seconds", 0.0)
         training = training_usage(model, size, batch, gmacs=steps_gmacs / ranks, seconds=seconds)
         training_peak = peak if dtype == given.precision else measure_peak(device, dtype)
-        threads = int(trainer.get("threads", 0)) or cores()
-        if device.type == "cpu" and threads != given.threads:
-            said.append(f"training used {threads} threads, the roof is that of {given.threads}; see --threads")
+        used = threads(int(trainer.get("threads", 0)))
+        if device.type == "cpu" and used != given.threads:
+            said.append(f"training used {used} threads, the roof is that of {given.threads}; see --threads")
     return roofline(
         operations,
         peak,

@@ -1,8 +1,12 @@
-"""A file is written whole or not at all."""
+"""A file is written whole or not at all, and no more threads compute than there are cores for."""
+
+import os
+import subprocess
+import sys
 
 import pytest
 
-from dance_seg.machine import write_text
+from dance_seg.machine import _container_limit, cores, threads, write_text
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -16,3 +20,37 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 
 def test_names_that_are_no_text_can_be_written(tmp_path):
     assert write_text(tmp_path / "a.html", "caf\udce9").read_bytes() == b"caf?"
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system binds no process to cores")
+def test_threads_are_as_many_as_the_process_may_use_cores():
+    said = "import os; os.sched_setaffinity(0, {0}); from dance_seg.machine import cores; print(cores())"
+    done = subprocess.run([sys.executable, "-c", said], capture_output=True, text=True, check=True)
+    assert done.stdout == "1\n"
+
+
+def test_threads_are_those_asked_for_then_those_of_the_environment(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    assert (threads(3), threads(0)) == (3, 5)
+    for nothing in ("", "0", "many"):
+        monkeypatch.setenv("OMP_NUM_THREADS", nothing)
+        assert threads(0) == cores()
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert threads(0) == cores()
+
+
+def test_a_container_is_not_counted_on_for_more_than_it_is_granted(tmp_path, monkeypatch):
+    assert _container_limit(tmp_path) is None
+    for content, limit in (("150000 100000\n", 1.5), ("max 100000\n", None), ("damaged", None)):
+        (tmp_path / "cpu.max").write_text(content)
+        assert _container_limit(tmp_path) == limit
+    (tmp_path / "cpu.max").unlink()
+    (tmp_path / "cpu").mkdir()
+    (tmp_path / "cpu" / "cpu.cfs_period_us").write_text("100000\n")
+    for content, limit in (("400000\n", 4.0), ("-1\n", None)):
+        (tmp_path / "cpu" / "cpu.cfs_quota_us").write_text(content)
+        assert _container_limit(tmp_path) == limit
+    monkeypatch.setattr("dance_seg.machine.os.sched_getaffinity", lambda _: set(range(64)), raising=False)
+    for limit, found in ((0.5, 1), (2.0, 2), (None, 64)):
+        monkeypatch.setattr("dance_seg.machine._container_limit", lambda _, limit=limit: limit)
+        assert cores() == found
