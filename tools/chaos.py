@@ -20,8 +20,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from tools.cli import parser, run
@@ -54,6 +56,7 @@ TINY = (
     "trainer.patience_minutes=0.5",
     "tracking.wandb=disabled",
 )
+_PORTS_GIVEN, _PORTS_LOCK = set[int](), Lock()
 LOADED = ["torch", "pytorch_lightning", "dance_seg.build", "dance_seg.report.run_page", "datamodules"]
 
 
@@ -64,9 +67,10 @@ def main() -> int:
     arguments_parser.add_argument("--kills", type=int, default=100, help="of each recipe and each number of processes")
     arguments_parser.add_argument("--processes", type=int, nargs="+", default=[1], help="such as 1 2; default 1")
     arguments_parser.add_argument("--seed", type=int, default=0, help="of the moments; default 0")
+    arguments_parser.add_argument("--at-once", type=int, default=8, help="trainings at the same time; default 8")
     arguments = arguments_parser.parse_intermixed_args()
-    if arguments.kills < 1 or min(arguments.processes) < 1:
-        raise ValueError("--kills and --processes are at least 1")
+    if min(arguments.kills, arguments.at_once, *arguments.processes) < 1:
+        raise ValueError("--kills, --processes and --at-once are at least 1")
     recipes = [word for word in arguments.recipes if "=" not in word]
     overrides = [word for word in arguments.recipes if "=" in word]
     if not recipes:
@@ -81,7 +85,13 @@ def main() -> int:
             for ranks in arguments.processes:
                 name = f"{Path(path).stem} x{ranks}"
                 recipe = tiny_recipe(path, [f"trainer.devices={ranks}", *overrides], cache=Path(place) / "cache")
-                outcomes[name] = chaos(recipe, Path(place) / name.replace(" ", "-"), arguments.kills, arguments.seed)
+                outcomes[name] = chaos(
+                    recipe,
+                    Path(place) / name.replace(" ", "-"),
+                    arguments.kills,
+                    arguments.seed,
+                    at_once=1 if ranks == 1 else arguments.at_once,  # alone it does not wait, and others only slow it
+                )
                 print(
                     f"{name}: {outcomes[name].identical} of {outcomes[name].kills} kills ended identically", flush=True
                 )
@@ -103,6 +113,15 @@ class Outcome:
     seconds: list[float]
     differences: list[str]
 
+    def with_those_of(self, other: "Outcome") -> "Outcome":
+        """Both together."""
+        return Outcome(
+            self.kills + other.kills,
+            self.identical + other.identical,
+            self.seconds + other.seconds,
+            self.differences + other.differences,
+        )
+
 
 def tiny_recipe(path: str, overrides: list[str], *, cache: Path) -> "Recipe":
     """A recipe with its own sections, on drawn scenes with a network that trains in seconds."""
@@ -119,35 +138,61 @@ def tiny_recipe(path: str, overrides: list[str], *, cache: Path) -> "Recipe":
 
 
 def chaos(
-    recipe: "Recipe", folder: Path, kills: int, seed: int = 0, tamper: Callable[[], None] | None = None
+    recipe: "Recipe",
+    folder: Path,
+    kills: int,
+    seed: int = 0,
+    tamper: Callable[[], None] | None = None,
+    *,
+    at_once: int = 1,
 ) -> Outcome:
     """Train undisturbed, then again under `kills` kills, and compare the ends.
 
-    `tamper` is called in each training process first: a test takes a protection away by it. Raises ValueError when
-    the undisturbed run itself fails.
+    `tamper` is called in each training process first: a test takes a protection away by it. So many runs are under way
+    `at_once`: when one rank is killed at start-up, the others wait for it for as long as their patience lasts. Raises
+    ValueError when the undisturbed run itself fails.
     """
     recipe = replace(recipe, name="run")
     warm_up()
     began = time.monotonic()
     train_to_its_end(recipe, folder / "undisturbed")
     took = time.monotonic() - began
-    whole, outcome = end_of(folder / "undisturbed/run"), Outcome(0, 0, [], [])
-    moments, number = random.Random(seed), 0
-    while outcome.kills < kills:
-        place, number, before, left = folder / f"killed-{number}", number + 1, outcome.kills, took
-        for _ in range(min(KILLS_A_RUN, kills - outcome.kills)):
-            began, moment = time.monotonic(), moments.uniform(0, left)
-            if not killed(recipe, place, moment, moments, tamper):
-                took *= 0.8  # it was faster
-                break
-            outcome.kills += 1
-            outcome.seconds.append(time.monotonic() - began)
-            left = max(took / 4, left - moment / 2)  # a part of that time was spent on starting
-        train_to_its_end(recipe, place, tamper)
-        found = differing(whole, end_of(place / "run"))
-        outcome.differences += found
-        outcome.identical += 0 if found else outcome.kills - before
+    whole, outcome, number = end_of(folder / "undisturbed/run"), Outcome(0, 0, [], []), 0
+    with ThreadPoolExecutor(at_once) as pool:
+        while outcome.kills < kills:
+            asked = [min(KILLS_A_RUN, left) for left in range(kills - outcome.kills, 0, -KILLS_A_RUN)]
+            runs = [
+                pool.submit(disturbed, recipe, folder / f"killed-{number + each}", count, took, seed, tamper, whole)
+                for each, count in enumerate(asked)
+            ]
+            number += len(runs)
+            for run in runs:
+                outcome = outcome.with_those_of(run.result())
+            if outcome.kills < kills:
+                took *= 0.8  # some ended before they could be killed
     return outcome
+
+
+def disturbed(
+    recipe: "Recipe",
+    place: Path,
+    kills: int,
+    took: float,
+    seed: int,
+    tamper: Callable[[], None] | None,
+    whole: dict[str, str],
+) -> Outcome:
+    """One training that is killed so often, or until it ends before, and its end against that of the whole one."""
+    moments, left, seconds = random.Random(f"{seed} {place.name}"), took, list[float]()
+    for _ in range(kills):
+        began, moment = time.monotonic(), moments.uniform(0, left)
+        if not killed(recipe, place, moment, moments, tamper):
+            break
+        seconds.append(time.monotonic() - began)
+        left = max(took / 4, left - moment / 2)  # a part of that time was spent on starting
+    train_to_its_end(recipe, place, tamper)
+    found = differing(whole, end_of(place / "run"))
+    return Outcome(len(seconds), 0 if found else len(seconds), seconds, found)
 
 
 def killed(
@@ -227,10 +272,15 @@ def said(place: Path) -> str:
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+    """A port that nobody listens on, and that was not given before."""
+    while True:
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            port = listener.getsockname()[1]
+        with _PORTS_LOCK:
+            if port not in _PORTS_GIVEN:
+                _PORTS_GIVEN.add(port)
+                return port
 
 
 def _train(recipe: "Recipe", place: Path, tamper: Callable[[], None] | None, rank: int, ranks: int, port: int) -> None:
