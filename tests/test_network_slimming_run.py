@@ -10,6 +10,7 @@ from dance_seg.checkpoint import load_checkpoint, save_checkpoint
 from dance_seg.cost.macs import count_macs, count_training_macs
 from dance_seg.errors import CheckpointError
 from dance_seg.inference import evaluate
+from dance_seg.losses import per_sample_loss
 from dance_seg.report.run_page import write_report
 from dance_seg.tracking import read_metrics
 from datamodules import build_datamodule
@@ -98,6 +99,24 @@ def test_taylor_scores_on_labelled_images_and_charges_them(tmp_path):
     other = train(plain, build_datamodule(plain), tmp_path / "other")
     charged = [json.loads((f / "cost.json").read_text())["training"]["cost/cuts_gmacs"] for f in (folder, other)]
     assert charged[0] > 2 * charged[1]  # backward passes beside the images for statistics
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_taylor_takes_its_gradients_as_training_does(precision, tmp_path, monkeypatch):
+    of_gradients = []
+
+    def seen(logits, labels, options):
+        if len(logits) == 1:  # training has two images a step
+            of_gradients.append(logits.dtype)
+        return per_sample_loss(logits, labels, options)
+
+    monkeypatch.setattr("dance_seg.module.per_sample_loss", seen)
+    recipe = tiny(
+        *CUTS, "network_slimming.importance=taylor", "network_slimming.end=0.3", "network_slimming.cuts=1",
+        "trainer.max_epochs=2", f"trainer.precision={precision}", cache=tmp_path / "cache",
+    )  # fmt: skip
+    train(recipe, build_datamodule(recipe), tmp_path / "run")
+    assert set(of_gradients) == {torch.bfloat16 if precision == "bf16-mixed" else torch.float32}
 
 
 def test_the_report_shows_the_cuts_and_what_each_layer_kept(slimmed):
