@@ -49,7 +49,7 @@ test: setup  ## the tests, one representative of each family (under 15 minutes o
 test-all: setup  ## every test, the whole matrix included (under 75 minutes on 2 cores)
 	$(PYTEST)
 
-chaos: setup  ## kill trainings 100 times each, dense and DANCE, in one process and in two; all must end alike (half an hour)
+chaos: setup  ## kill trainings 100 times each, dense and DANCE, in one process and in two; all must end alike (20 minutes)
 	$(RUN) -m tools.chaos recipes/shapes_dense.yaml recipes/shapes_dance.yaml --processes 1 2 --kills 100 $(ARGS)
 
 fuzz: setup  ## 100,000 hostile inputs for every reader of files: ARGS="--inputs N --seconds S --seed K --readers recipe label"

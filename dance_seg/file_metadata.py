@@ -21,6 +21,7 @@ from dance_seg.plain_data import parse_json
 
 VERSION = 2  # of the metadata below
 PREFIX = "dance_seg."
+LARGEST_SIDE = 1 << 16  # of an image that a file may ask for
 PRIVATE = ("root", "cache_dir")  # of data.args: paths of the machine that trained
 
 
@@ -31,6 +32,11 @@ class Sizes:
     multiple_of: int = 32  # height and width must be divisible by this
     at_least: int = 32
     only: tuple[int, int] | None = None  # the one size (H, W) of a file that was exported for one
+
+    def __post_init__(self) -> None:
+        for side in (self.multiple_of, self.at_least, *(self.only or ())):
+            if type(side) is not int or not 1 <= side <= LARGEST_SIDE:
+                raise ValueError(f"a size is {side!r}; it is a whole number from 1 to {LARGEST_SIDE}")
 
     def padded(self, height: int, width: int) -> tuple[int, int]:
         """The size (H, W) at which the network runs on an image. Raises ValueError when it cannot.
@@ -101,9 +107,11 @@ def read_metadata(metadata: Mapping[str, str], path: Path) -> tuple[dict[str, An
         read_value(metadata, key, path) for key in ("labels", "recipe", "structure", "complexity", "exits")
     )
     try:
-        sizes = Sizes(**read_value(metadata, "sizes", path))
-        if sizes.only is not None:
-            sizes = Sizes(sizes.multiple_of, sizes.at_least, (int(sizes.only[0]), int(sizes.only[1])))
+        said = dict(read_value(metadata, "sizes", path))
+        if said["only"] is not None:
+            rows, columns = said["only"]
+            said["only"] = rows, columns
+        sizes = Sizes(**said)
         if len(labels["classes"]) != len(labels["palette"]) or not isinstance(recipe["data"], dict):
             raise ValueError
         if complexity is not None and not all(isinstance(value, int | float) for value in complexity):

@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 KILLS_A_RUN = 5
 """How often one run is killed before it may end."""
 
-ENDS_WITHIN_S = 120.0
-"""How long a training of this size may take, and how long the other ranks may take to notice that one was killed."""
+ENDS_WITHIN_S = 300.0
+"""How long a training of this size may take beside others, and the other ranks to notice that one was killed."""
 
 TINY = (
     "data.args.size=[64,64]",
@@ -75,8 +75,6 @@ def main() -> int:
     overrides = [word for word in arguments.recipes if "=" in word]
     if not recipes:
         raise ValueError("no recipe was named; name one, such as recipes/shapes_dance.yaml")
-    from tools.bench.common import spread, write_result
-
     # What killed processes did not give back is given back for them, and said at length.
     os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker:UserWarning")
     outcomes: dict[str, Outcome] = {}
@@ -92,16 +90,20 @@ def main() -> int:
                     arguments.seed,
                     at_once=1 if ranks == 1 else arguments.at_once,  # alone it does not wait, and others only slow it
                 )
-                print(
-                    f"{name}: {outcomes[name].identical} of {outcomes[name].kills} kills ended identically", flush=True
-                )
+                write(outcomes)
+    return 0 if all(outcome.identical == outcome.kills for outcome in outcomes.values()) else 1
+
+
+def write(outcomes: dict[str, "Outcome"]) -> None:
+    """Write what is known so far."""
+    from tools.bench.common import spread, write_result
+
     identical, kills = (sum(getattr(o, key) for o in outcomes.values()) for key in ("identical", "kills"))
     figures = {"identical": spread([identical]), "kills": spread([kills])}
     figures |= {f"identical/{name}": spread([outcome.identical]) for name, outcome in outcomes.items()}
     figures |= {f"seconds_a_kill/{name}": spread(outcome.seconds) for name, outcome in outcomes.items()}
     differing = [f"{name}: {what}" for name, outcome in outcomes.items() for what in outcome.differences]
     write_result("chaos", len(outcomes), figures, {"differences": differing} if differing else {})
-    return 0 if identical == kills else 1
 
 
 @dataclass
@@ -184,14 +186,17 @@ def disturbed(
 ) -> Outcome:
     """One training that is killed so often, or until it ends before, and its end against that of the whole one."""
     moments, left, seconds = random.Random(f"{seed} {place.name}"), took, list[float]()
-    for _ in range(kills):
-        began, moment = time.monotonic(), moments.uniform(0, left)
-        if not killed(recipe, place, moment, moments, tamper):
-            break
-        seconds.append(time.monotonic() - began)
-        left = max(took / 4, left - moment / 2)  # a part of that time was spent on starting
-    train_to_its_end(recipe, place, tamper)
-    found = differing(whole, end_of(place / "run"))
+    try:
+        for _ in range(kills):
+            began, moment = time.monotonic(), moments.uniform(0, left)
+            if not killed(recipe, place, moment, moments, tamper):
+                break
+            seconds.append(time.monotonic() - began)
+            left = max(took / 4, left - moment / 2)  # a part of that time was spent on starting
+        train_to_its_end(recipe, place, tamper)
+        found = differing(whole, end_of(place / "run"))
+    except TimeoutError as error:
+        seconds, found = seconds or [ENDS_WITHIN_S], [str(error)]
     return Outcome(len(seconds), 0 if found else len(seconds), seconds, found)
 
 

@@ -221,7 +221,7 @@ class Store:
             yield
         except DataError:
             raise
-        except (ValueError, LookupError, TypeError, AttributeError, AssertionError, RecursionError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, AssertionError, RuntimeError) as error:
             why = f"{type(error).__name__}: {first_line(error)}"
             raise DataError(f"{self}: cannot be read as the storage of a search ({why}); name another file") from None
 
@@ -356,7 +356,7 @@ def open_journal(path: Path) -> "BaseStorage":
     refuse_foreign(path)
     try:
         return JournalStorage(JournalFileBackend(str(path), lock_obj=MendingLock(str(path))))
-    except (ValueError, LookupError, TypeError, AttributeError, AssertionError, RecursionError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, AssertionError, RuntimeError) as error:
         why = f"{type(error).__name__}: {first_line(error)}"
         raise DataError(f"{path}: cannot be read as the storage of a search ({why}); name another file") from None
 

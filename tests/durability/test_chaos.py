@@ -10,7 +10,7 @@ import pytest
 
 from tests.durability.faults import AtStep, kill, kill_once_saved
 from tests.durability.small import METHODS, small
-from tools.chaos import KILLS_A_RUN, chaos, differing, end_of, start, tiny_recipe, train_to_its_end, wait
+from tools.chaos import KILLS_A_RUN, chaos, differing, disturbed, end_of, start, tiny_recipe, train_to_its_end, wait
 
 CASES = [
     ("dense", 1, 4),
@@ -82,3 +82,13 @@ def test_the_tool_counts_kills_and_writes_its_result(tmp_path, monkeypatch):
     assert module.main() == 0
     ratios = json.loads((tmp_path / "runs/bench/chaos.json").read_text())["ratios"]
     assert ratios["identical"]["median"] == ratios["kills"]["median"] == kills
+
+
+def test_a_run_that_does_not_end_is_a_difference_and_others_go_on(tmp_path, monkeypatch):
+    def hangs(*_):
+        raise TimeoutError("rank 0 had not ended")
+
+    monkeypatch.setattr("tools.chaos.killed", hangs)
+    recipe = tiny_recipe("recipes/shapes_dense.yaml", [], cache=tmp_path / "cache")
+    outcome = disturbed(recipe, tmp_path / "killed-0", 5, 1.0, 0, None, {})
+    assert (outcome.kills, outcome.identical, outcome.differences) == (1, 0, ["rank 0 had not ended"])

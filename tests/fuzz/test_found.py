@@ -117,6 +117,10 @@ FOUND = {
     "network: no classes": ("network", instead(b'"classes": ["a"', b'"classes": 3, "b": ["a"')),
     "safetensors: a name told in full": ("safetensors", instead(b"layer1.1.bn2", b"layer1.1.bn2" * 900)),
     "onnx: metadata that is no text": ("onnx", instead(b"dance_seg.resolution", b"dance_seg.resolutio\xff")),
+    "onnx: a size that is no number": ("onnx", instead(b'"at_least": 32', b'"at_least": {}')),
+    "onnx: a size of gigabytes": (
+        "onnx", instead(b'"multiple_of": 8, "at_least": 32', b'"multiple_of":99999,"at_least":1')
+    ),
     "run: a row of another kind": ("run_folder", file_of_run("metrics.jsonl", b"[1]\n")),
     "run: a step without end": ("run_folder", file_of_run("metrics.jsonl", b'{"step": 1e999}\n')),
     "run: a number that Python does not write": ("run_folder", file_of_run("plan.json", b'{"scales": ' + MANY_DIGITS)),
@@ -130,6 +134,7 @@ FOUND = {
     "storage: a first line that is no JSON": ("storage", instead(b'0,"worker_id":', b'0,"worker_id" ')),
     "storage: a line that is no JSON": ("storage", instead(b'"op_code":6', b'"op_code" 6')),
     "storage: a cost that is none": ("storage", instead(b'"cost":1.0', b'"cost":NaN')),
+    "storage: two scores for one": ("storage", instead(b'"values":[0.5]', b'"values":[0,5]')),
     "latency table: nested without end": ("latency_table", lambda t: DEEP),
     "latency table: a space told in full": ("latency_table", instead(b'"space": "', b'"space": "' + b"9" * 5000)),
     "label: a palette after the pixels": ("label", late_palette),
