@@ -192,7 +192,8 @@ def measure(model: nn.Module, path: Path, runs: int) -> Measured:
     start = time.perf_counter()
     agreement = exported(model, path, images)
     seconds = time.perf_counter() - start
-    sides = {"onnxruntime": forward_of_file(model, path), "eager": lambda: model(normalise(pixels(0)[None]))}
+    one = pixels(0)[None]  # drawn before the clock runs
+    sides = {"onnxruntime": forward_of_file(model, path, one), "eager": lambda: model(normalise(one))}
     with torch.inference_mode():
         times = {side: [1000 * second for second in each] for side, each in interleave(sides, runs, 2).items()}
     return Measured(agreement, times, undecided(model, images, agreement.largest_difference), seconds)
@@ -210,13 +211,13 @@ def exported(model: nn.Module, path: Path, images: Sequence[np.ndarray]) -> Agre
     return min(exits, key=lambda each: each.argmax)
 
 
-def forward_of_file(model: nn.Module, path: Path) -> Callable[[], Any]:
-    """One image through what a network was exported to, to its last exit."""
+def forward_of_file(model: nn.Module, path: Path, images: Tensor) -> Callable[[], Any]:
+    """Images uint8 (N, 3, H, W) through what a network was exported to, to its last exit."""
     threads = torch.get_num_threads()
     if not isinstance(model, ExitNetwork):
-        return partial(OnnxFile(path, threads=threads).logits, pixels(0)[None].numpy())
+        return partial(OnnxFile(path, threads=threads).logits, images.numpy())
     stages, only_last = StagesOnnx(path, threads=threads), [False] * (model.num_exits - 1) + [True]
-    return lambda: list(stages.exits(normalise(pixels(0)[None]), only_last))
+    return lambda: list(stages.exits(normalise(images), only_last))
 
 
 @torch.inference_mode()
