@@ -21,7 +21,7 @@ from dance_seg.plain_data import parse_json
 
 VERSION = 2  # of the metadata below
 PREFIX = "dance_seg."
-LARGEST_SIDE = 1 << 16  # of an image that a file may ask for
+LARGEST_STEP = 1 << 12  # that a file may have images padded to multiples of, so that none asks for gigabytes
 PRIVATE = ("root", "cache_dir")  # of data.args: paths of the machine that trained
 
 
@@ -35,8 +35,12 @@ class Sizes:
 
     def __post_init__(self) -> None:
         for side in (self.multiple_of, self.at_least, *(self.only or ())):
-            if type(side) is not int or not 1 <= side <= LARGEST_SIDE:
-                raise ValueError(f"a size is {side!r}; it is a whole number from 1 to {LARGEST_SIDE}")
+            if type(side) is not int or side < 1:
+                raise ValueError(f"a size is {side!r}; it is a whole number from 1")
+        if max(self.multiple_of, self.at_least) > LARGEST_STEP:
+            raise ValueError(
+                f"images are padded to {self.multiple_of} and {self.at_least}, at most {LARGEST_STEP} each"
+            )
 
     def padded(self, height: int, width: int) -> tuple[int, int]:
         """The size (H, W) at which the network runs on an image. Raises ValueError when it cannot.

@@ -13,7 +13,7 @@ import platform
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from threading import Event, Thread
@@ -214,16 +214,9 @@ class Store:
             raise TypeError(f"a cost of {short(said['cost'])} and a score of {short(value)}")
         return Candidate(said["generation"], said["index"], subnet, said["cost"], value, said.get("details", {}))
 
-    @contextmanager
-    def _reading(self) -> Iterator[None]:
-        """What Optuna says of a journal whose lines make no sense comes in many kinds of errors."""
-        try:
-            yield
-        except DataError:
-            raise
-        except (ValueError, LookupError, TypeError, AttributeError, AssertionError, RuntimeError) as error:
-            why = f"{type(error).__name__}: {first_line(error)}"
-            raise DataError(f"{self}: cannot be read as the storage of a search ({why}); name another file") from None
+    def _reading(self) -> AbstractContextManager[None]:
+        """Errors of Optuna in the words of this project."""
+        return _readable(self)
 
     def _is_abandoned(self, trial: "FrozenTrial") -> bool:
         """Whether nobody judges a trial any more that says it runs."""
@@ -354,11 +347,20 @@ def open_journal(path: Path) -> "BaseStorage":
         raise DataError(f"{path}: is a folder; name a file for the storage of the search")
     path.parent.mkdir(parents=True, exist_ok=True)
     refuse_foreign(path)
-    try:
+    with _readable(path):
         return JournalStorage(JournalFileBackend(str(path), lock_obj=MendingLock(str(path))))
+
+
+@contextmanager
+def _readable(named: object) -> Iterator[None]:
+    """What Optuna says of a journal whose lines make no sense comes in many kinds of errors."""
+    try:
+        yield
+    except DataError:
+        raise
     except (ValueError, LookupError, TypeError, AttributeError, AssertionError, RuntimeError) as error:
         why = f"{type(error).__name__}: {first_line(error)}"
-        raise DataError(f"{path}: cannot be read as the storage of a search ({why}); name another file") from None
+        raise DataError(f"{named}: cannot be read as the storage of a search ({why}); name another file") from None
 
 
 def refuse_foreign(path: Path) -> None:

@@ -9,7 +9,6 @@ import pytest
 from tools.fuzz.guided import main
 
 PLANTED = """
-import sys
 from tools.fuzz.readers import READERS
 from tools.fuzz.target import Target
 
