@@ -45,9 +45,13 @@ SMALL = (
 )
 # An encoder that was trained on larger images loses more at half the size than one from random weights, and more when
 # its own channels are cut than when the decoder gives as much, which takes four fifths of the MACs and begins with
-# random weights. Which channels matter is told by gradients.
+# random weights. Which channels matter is told by gradients. Images stay large while the channels are chosen.
 SLIMMED = {
-    "data_slimming": ("data_slimming.scales=[0.75,1.0]", "data_slimming.quantiles=[0.6]"),
+    "data_slimming": (
+        "data_slimming.scales=[0.75,1.0]",
+        "data_slimming.quantiles=[0.6]",
+        "data_slimming.schedule=static",
+    ),
     "network_slimming": (
         "network_slimming.keep=0.25",
         "network_slimming.only=[decoder]",
