@@ -39,7 +39,7 @@ from dance_seg.early_exit.exits import ExitNetwork
 from dance_seg.errors import first_line
 from dance_seg.heartbeat import Heartbeat
 from dance_seg.losses import SoftLabels
-from dance_seg.machine import threads, write_text
+from dance_seg.machine import use_threads, write_text
 from dance_seg.models import MODELS
 from dance_seg.module import SegmentationModule
 from dance_seg.network_slimming.slim import check_reachable
@@ -225,7 +225,7 @@ def train(recipe: Recipe, datamodule: "SegmentationDataModule", folder: Path) ->
     main = is_main()
     if main:
         recipe = open_folder(recipe, folder)
-    torch.set_num_threads(threads(recipe.trainer.threads))
+    use_threads(recipe.trainer.threads)
     # With deterministic kernels torch fills all new memory, so that who reads it unwritten is found: 6 % of a step.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     # The seed also decides the initial weights, so it is set before the model is built.

@@ -42,6 +42,19 @@ def threads(asked: int = 0) -> int:
     return int(given) if given.isdecimal() and int(given) else cores()
 
 
+def use_threads(asked: int = 0) -> None:
+    """Let torch compute with `threads(asked)`.
+
+    What was asked for holds for the other ranks that this process starts too: without OMP_NUM_THREADS Lightning gives
+    each of them, and this one, an equal share of the cores.
+    """
+    import torch
+
+    if asked:
+        os.environ["OMP_NUM_THREADS"] = str(asked)
+    torch.set_num_threads(threads(asked))
+
+
 def _container_limit(groups: Path) -> float | None:
     """The cores that a control group grants, version 2 or 1; None for no limit."""
     with suppress(OSError, ValueError):

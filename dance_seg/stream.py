@@ -19,7 +19,6 @@ from statistics import median
 from typing import Any, Protocol
 
 import numpy as np
-import torch
 from torch import nn
 
 from dance_seg.checkpoint import forget_older, newest_valid, save_checkpoint
@@ -31,7 +30,7 @@ from dance_seg.distillation.scores import StreamScores, pricing, scored
 from dance_seg.distillation.state import StreamState
 from dance_seg.distillation.teacher import Teacher, check_classes
 from dance_seg.errors import DataError
-from dance_seg.machine import threads, write_text
+from dance_seg.machine import use_threads, write_text
 from dance_seg.metrics_file import MetricsFile
 from dance_seg.normalise import downsampled_size
 from dance_seg.randomness import Stream, seed_torch
@@ -89,7 +88,7 @@ def follow_stream(
     if source.classes:
         check_classes(teacher.classes, source.classes)
     recipe = open_folder(recipe, folder)
-    torch.set_num_threads(threads(recipe.trainer.threads))
+    use_threads(recipe.trainer.threads)
     if notes(folder).get("finished"):
         say(f"{folder} is finished; give another name= to follow anew")
         return folder

@@ -5,8 +5,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from lightning_fabric.utilities.distributed import _set_num_threads_if_needed
 
-from dance_seg.machine import _container_limit, cores, threads, write_text
+from dance_seg.machine import _container_limit, cores, threads, use_threads, write_text
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -37,6 +39,18 @@ def test_threads_are_those_asked_for_then_those_of_the_environment(monkeypatch):
         assert threads(0) == cores()
     monkeypatch.delenv("OMP_NUM_THREADS")
     assert threads(0) == cores()
+
+
+def test_lightning_leaves_the_threads_that_were_asked_for(monkeypatch):
+    before = torch.get_num_threads()
+    monkeypatch.setenv("OMP_NUM_THREADS", "")  # so that what is set here is taken back
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    try:
+        use_threads(3)
+        _set_num_threads_if_needed(num_processes=2)  # as its launcher does before it starts the other ranks
+        assert (torch.get_num_threads(), os.environ["OMP_NUM_THREADS"]) == (3, "3")
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_container_is_not_counted_on_for_more_than_it_is_granted(tmp_path, monkeypatch):
