@@ -1,7 +1,10 @@
 """distill_video from a recipe to its page: a teacher trained once, the totals of the files, mistakes said."""
 
 import json
+import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -61,6 +64,35 @@ def test_a_teacher_is_trained_once_and_used_again(tmp_path, monkeypatch, capsys,
     assert scores["frames"] == 5
     assert scores["teacher_against_truth"]["miou"] > 0
     assert "GMACs  student" in capsys.readouterr().out
+
+
+def held_by(process, metrics):
+    """(frames done, bytes held) of a stream, ten times a second, until it ends."""
+    seen, size = [], 0
+    while process.poll() is None:
+        if metrics.exists() and (now := metrics.stat().st_size) > size:
+            size = now
+            with metrics.open("rb") as file:
+                file.seek(max(0, size - 10_000))
+                lines = file.read().splitlines()  # the first and the last may be cut
+            status = Path(f"/proc/{process.pid}/status").read_text()
+            held = [1024 * int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS")]
+            seen += [(json.loads(line)["stream/frame"], *held) for line in lines[1:-1][-1:] if held]
+        time.sleep(0.1)
+    return seen
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+def test_memory_is_flat_over_ten_thousand_frames(tmp_path, recipe):
+    words = ("data.args.num_frames=10000", "data.args.cuts=null", "data.args.scene_frames=500", "--no-progress")
+    command = [sys.executable, "-m", "tools.distill_video", recipe, *words, "--runs", tmp_path]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+        seen = held_by(process, tmp_path / "street" / "metrics.jsonl")
+    assert process.returncode == 0
+    early = max(held for frame, held in seen if 1000 <= frame < 3000)
+    late = max(held for frame, held in seen if frame >= 8000)
+    assert late - early < 8 << 20, (early, late)
 
 
 def test_a_camera_stops_after_so_many_frames_and_shows_its_delay(tmp_path, monkeypatch, capsys, recipe):
