@@ -5,9 +5,13 @@
 The options are those of recipes/video_shapes.yaml, which overrides change; a dearer teacher, whose encoder
 tools.fetch_weights brings, is trained once on drawn scenes and kept under runs/teachers by the hash of its recipe, and
 so is the student's beginning, trained on the same scenes, since a student that follows a stream starts from weights
-trained elsewhere. With --root the same table is made
-on CamVid's clip by recipes/video_camvid.yaml. Every method sees the same frames and is scored, before it learns from a
-frame, against the labels that the teacher gave in one pass over the stream. --quick is to try it: small, and no result.
+trained elsewhere. With --root the table is made on CamVid's clip instead, by recipes/video_camvid.yaml. Every method
+sees the same frames and is scored, before it learns from a frame, against the labels that the teacher gave in one pass
+over the stream. --quick is to try it: small, and no result.
+
+The paper's streams have one to four classes of objects each, and its mIoU is the mean over these. Ours has eleven, of
+which five cover less than 1 % of the pixels each: a few pixels of a frame, on which the teacher itself is poor. So the
+threshold goes by the other classes, and so does the mIoU against the teacher; that over all classes stands beside it.
 """
 
 import copy
@@ -75,8 +79,23 @@ QUICK_TEACHER = (
     "data.args.batch_size=4",
     "trainer.max_epochs=2",
 )
-STREAM = ("data.args.num_frames=1500", "data.args.size=[192,256]", "data.args.scene_frames=250")
+# Settings were chosen on the scenes of another seed. Classes named background cover less than 1 % of the pixels each.
+STREAM = (
+    "data.args.num_frames=1000",
+    "data.args.size=[192,256]",
+    "data.args.scene_frames=250",
+    "data.args.scene_seed=1",
+    "distillation.threshold=0.9",
+    "distillation.learning_rate=0.02",
+    "distillation.background=[Pole,SignSymbol,Fence,Pedestrian,Bicyclist]",
+)
 QUICK_STREAM = ("data.args.num_frames=96", "data.args.size=[64,96]", "data.args.scene_frames=48")
+CAMVID_STREAM = (
+    "distillation.resolution=0.5334",
+    "distillation.threshold=0.9",
+    "distillation.learning_rate=0.02",
+    "distillation.background=[Pole,SignSymbol,Pedestrian]",
+)
 QUICK_CAMVID = (
     "data.args.resolution=0.2",
     "data.args.crop=[64,96]",
@@ -93,9 +112,10 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 COLUMNS = {
     "mIoU vs teacher": ("miou_vs_teacher", ".1f"),
-    "vs truth": ("miou_vs_truth", ".1f"),
+    "all classes": ("miou_vs_teacher_all", ".1f"),
+    "vs truth, all": ("miou_vs_truth_all", ".1f"),
     "vs teacher, last part": ("miou_vs_teacher_rest", ".1f"),
-    "vs truth, last part": ("miou_vs_truth_rest", ".1f"),
+    "vs truth, all, last part": ("miou_vs_truth_all_rest", ".1f"),
     "teacher on": ("teacher_fraction", ".1%"),
     "updates": ("updates", ",d"),
     "times cheaper, ms": ("times_cheaper_ms", ".1f"),
@@ -121,47 +141,49 @@ class Setting(NamedTuple):
 def main() -> int:
     """Train what is needed once, measure, write runs/bench/distill.json and the tables beside it."""
     arguments_parser = parser(__doc__ or "")
-    arguments_parser.add_argument("overrides", metavar="key=value", nargs="*", help="of the streams' recipes")
-    arguments_parser.add_argument("--root", metavar="DIR", help="CamVid, to make the table on its clip too")
+    arguments_parser.add_argument("overrides", metavar="key=value", nargs="*", help="of the stream's recipe")
+    arguments_parser.add_argument("--root", metavar="DIR", help="CamVid, to make the table on its clip instead")
     arguments_parser.add_argument("--runs", type=int, default=5, help="rounds of the speed measurements; default 5")
-    arguments_parser.add_argument("--low-threshold", type=float, default=0.6, help="of the cheaper stream; default 0.6")
+    arguments_parser.add_argument("--low-threshold", type=float, default=0.75, help="a cheaper stream's; default 0.75")
     arguments_parser.add_argument("--student-epochs", type=int, default=10, help="before the stream; default 10")
     arguments_parser.add_argument("--threads", type=int, default=1, help="of the processor, for torch; default 1")
     arguments_parser.add_argument("--quick", action="store_true", help="small networks, frames and runs, to try it")
     arguments = arguments_parser.parse_intermixed_args()
     quick = arguments.quick
-    stream = [*(QUICK_STREAM if quick else STREAM), "tracking.wandb=disabled", *arguments.overrides]
-    recipe = load_recipe("recipes/video_shapes.yaml", stream)
-    teacher = teacher_recipe("recipes/shapes_dense.yaml", QUICK_TEACHER if quick else pretrained(LARGE_TEACHER), recipe)
+    name, recipe, teacher = (
+        on_drawn_scenes(arguments.overrides, quick=quick)
+        if arguments.root is None
+        else on_camvid(arguments.root, arguments.overrides, quick=quick)
+    )
     epochs = 1 if quick else arguments.student_epochs
     setting = prepared(recipe, teacher, ONE_VIEW if quick else VIEWS, epochs, arguments.threads)
     ratios: dict[str, dict[str, float]] = {}
-    notes: dict[str, Any] = {"quick": "yes: no result" if quick else "no", "threads": torch.get_num_threads()}
-    notes |= {"threshold": setting.options.threshold, "low_threshold": arguments.low_threshold}
-    size = (96, 128) if quick else SPEED_SIZE
-    ratios |= speed(setting, size, 2 if quick else arguments.runs)
+    if arguments.root is None:
+        ratios |= speed(setting, (96, 128) if quick else SPEED_SIZE, 2 if quick else arguments.runs)
     rows = table(setting)
     online = rows["online, geometric"]
     low = followed_row(setting, replace(setting.options, threshold=arguments.low_threshold))
     rows[f"online, geometric, threshold {arguments.low_threshold:g}"] = low
-    still = replace(recipe, data=Part("video_shapes", {**recipe.data.args, **STATIONARY}))
-    stationary = followed_row(recorded(setting, build_source(still)), setting.options)
     ratios |= {
         "cost_ratio": spread([online["times_cheaper_ms"]]),
         "miou_vs_teacher": spread([online["miou_vs_teacher"]]),
         "cost_ratio_low_threshold": spread([low["times_cheaper_ms"]]),
         "miou_vs_teacher_low_threshold": spread([low["miou_vs_teacher"]]),
-        "stationary_teacher_fraction": spread([stationary["teacher_fraction"]]),
     }
-    truth = setting.teacher_row["miou_vs_truth"]
-    notes |= {"teacher": f"{teacher.name}-{recipe_hash(teacher)}", "teacher_miou_vs_truth": truth}
-    notes |= {f"embedded: {name}": cells(row) for name, row in rows.items()}
-    text = markdown(f"Embedded stream, {len(setting.frames)} frames, teacher {truth:.1f} against ground truth", rows)
-    if arguments.root is not None:
-        clip_rows, clip_text = camvid(arguments.root, arguments.overrides, epochs, arguments.threads, quick=quick)
-        notes |= {f"camvid: {name}": cells(row) for name, row in clip_rows.items()}
-        text = f"{text}\n{clip_text}"
-    path = write_result("distill", arguments.runs, ratios, notes)
+    if arguments.root is None:
+        ratios["stationary_teacher_fraction"] = spread([stationary_teacher_fraction(setting, recipe)])
+    truth = setting.teacher_row["miou_vs_truth_all"]
+    notes: dict[str, Any] = {
+        "quick": "yes: no result" if quick else "no",
+        "threads": torch.get_num_threads(),
+        "threshold": setting.options.threshold,
+        "low_threshold": arguments.low_threshold,
+        "teacher": f"{teacher.name}-{recipe_hash(teacher)}",
+        "teacher_miou_vs_truth": truth,
+        **{name: cells(row) for name, row in rows.items()},
+    }
+    text = markdown(f"{name}, {len(setting.frames)} frames, teacher {truth:.1f} against ground truth", rows)
+    path = write_result("distill" if arguments.root is None else "distill-camvid", arguments.runs, ratios, notes)
     path.with_suffix(".md").write_text(text)
     print(f"\n{text}\nThe last part is what the student trained offline did not learn from.")
     return 0
@@ -172,24 +194,24 @@ def pretrained(overrides: Sequence[str]) -> list[str]:
     return [*overrides, f"model.args.encoder_weights={fetch(WEIGHTS)}"]
 
 
-def camvid(
-    root: str, overrides: Sequence[str], epochs: int, threads: int, *, quick: bool
-) -> tuple[dict[str, dict[str, Any]], str]:
-    """The table on CamVid's clip; overrides of `data` are those of the embedded stream and are left out."""
-    kept = [override for override in overrides if not override.startswith("data.")]
-    smaller = ["data.args.resolution=0.2"] if quick else []
-    at = f"data.args.root={root}"
-    recipe = load_recipe("recipes/video_camvid.yaml", [at, *smaller, "tracking.wandb=disabled", *kept])
+def on_drawn_scenes(overrides: Sequence[str], *, quick: bool) -> tuple[str, Recipe, Recipe]:
+    """What the drawn stream is called, its recipe and its teacher's."""
+    stream = [*(QUICK_STREAM if quick else STREAM), "tracking.wandb=disabled", *overrides]
+    recipe = load_recipe("recipes/video_shapes.yaml", stream)
+    teacher = teacher_recipe("recipes/shapes_dense.yaml", QUICK_TEACHER if quick else pretrained(LARGE_TEACHER), recipe)
+    return "Embedded stream", recipe, teacher
+
+
+def on_camvid(root: str, overrides: Sequence[str], *, quick: bool) -> tuple[str, Recipe, Recipe]:
+    """What CamVid's clip is called, its recipe and its teacher's, which has not seen the clip's drive."""
+    stream = ["data.args.resolution=0.2"] if quick else CAMVID_STREAM
+    recipe = load_recipe(
+        "recipes/video_camvid.yaml", [f"data.args.root={root}", *stream, "tracking.wandb=disabled", *overrides]
+    )
     assert recipe.teacher is not None
     given = recipe.teacher.args
     changes = QUICK_CAMVID if quick else pretrained(CAMVID_TEACHER)
-    teacher = teacher_recipe(given["recipe"], [*given["overrides"], *changes], recipe)
-    setting = prepared(recipe, teacher, ONE_VIEW if quick else VIEWS, epochs, threads)
-    rows = table(setting)
-    truth = setting.teacher_row["miou_vs_truth"]
-    return rows, markdown(
-        f"CamVid's clip, {len(setting.frames)} frames, teacher {truth:.1f} against ground truth", rows
-    )
+    return "CamVid's clip", recipe, teacher_recipe(given["recipe"], [*given["overrides"], *changes], recipe)
 
 
 def prepared(recipe: Recipe, teacher: Recipe, views: Mapping[str, Any], student_epochs: int, threads: int) -> Setting:
@@ -222,6 +244,15 @@ def recorded(setting: Setting, source: VideoSource) -> Setting:
     labels: list[np.ndarray] = []
     row = followed_row(setting, replace(setting.options, method="teacher"), keep=labels)
     return setting._replace(labels=labels, teacher_row=row)
+
+
+def stationary_teacher_fraction(setting: Setting, recipe: Recipe) -> float:
+    """The share of frames on which the teacher is asked where hardly anything moves; nothing is scored."""
+    still = replace(recipe, data=Part("video_shapes", {**recipe.data.args, **STATIONARY}))
+    source = build_source(still)
+    unscored = setting._replace(source=source, frames=list(source.frames()), labels=[])
+    fraction: float = followed_row(unscored, setting.options)["teacher_fraction"]
+    return fraction
 
 
 def table(setting: Setting) -> dict[str, dict[str, Any]]:
@@ -273,14 +304,15 @@ def followed_row(
     once = costs["milliseconds"]["teacher"] or setting.teacher_row["milliseconds"]["teacher"]
     spent = sum(costs["seconds"].values())
 
-    def miou(record: Mapping[str, Any], key: str) -> float | None:
-        return None if record[key] is None else record[key]["miou"]
+    def miou(record: Mapping[str, Any], key: str, of: str = "miou") -> float | None:
+        return None if record[key] is None else record[key][of]
 
     return {
-        "miou_vs_teacher": miou(scores, "against_teacher"),
-        "miou_vs_truth": miou(scores, "against_truth"),
-        "miou_vs_teacher_rest": miou(last, "against_teacher"),
-        "miou_vs_truth_rest": miou(last, "against_truth"),
+        "miou_vs_teacher": miou(scores, "against_teacher", "miou_foreground"),
+        "miou_vs_teacher_all": miou(scores, "against_teacher"),
+        "miou_vs_truth_all": miou(scores, "against_truth"),
+        "miou_vs_teacher_rest": miou(last, "against_teacher", "miou_foreground"),
+        "miou_vs_truth_all_rest": miou(last, "against_truth"),
         "teacher_fraction": scores["teacher_fraction"],
         "updates": scores["updates"],
         "times_cheaper_ms": len(setting.frames) * once / 1000 / spent if spent else None,
