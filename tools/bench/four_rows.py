@@ -13,6 +13,7 @@ model.args.encoder_name=resnet18 model.args.encoder_weights=null.
 
 import hashlib
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -237,10 +238,11 @@ def report(table: dict[str, list[Row]], milliseconds: dict[str, list[float]], se
     for row, found in table.items():
         scores = [one.miou for one in found]
         seconds, gmacs = (statistics.mean(getattr(one, cost) for one in found) for cost in ("seconds", "gmacs"))
+        flattened = statistics.mean(one.flattened for one in found)
         lines[row] = (
-            f"mIoU {statistics.mean(scores):.1f} ({min(scores):.1f} to {max(scores):.1f}), last fifth "
-            f"{statistics.mean(one.flattened for one in found):+.1f}, train {seconds:.0f} s {gmacs:,.0f} GMACs, "
-            f"inference {middle[row]:.1f} ms "
+            f"mIoU {statistics.mean(scores):.1f} ({min(scores):.1f} to {max(scores):.1f}), "
+            + ("" if math.isnan(flattened) else f"last fifth {flattened:+.1f}, ")
+            + f"train {seconds:.0f} s {gmacs:,.0f} GMACs, inference {middle[row]:.1f} ms "
             f"{found[0].inference_gmacs:.2f} GMACs"
         )
     notes: dict[str, Any] = {**lines, "runs": {row: [one.folder.name for one in found] for row, found in table.items()}}
