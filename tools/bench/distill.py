@@ -157,20 +157,18 @@ def main() -> int:
     )
     epochs = 1 if quick else arguments.student_epochs
     setting = prepared(recipe, teacher, ONE_VIEW if quick else VIEWS, epochs, arguments.threads)
-    ratios: dict[str, dict[str, float]] = {}
-    if arguments.root is None:
-        ratios |= speed(setting, (96, 128) if quick else SPEED_SIZE, 2 if quick else arguments.runs)
     rows = table(setting)
     online = rows["online, geometric"]
     low = followed_row(setting, replace(setting.options, threshold=arguments.low_threshold))
     rows[f"online, geometric, threshold {arguments.low_threshold:g}"] = low
-    ratios |= {
+    ratios = {
         "cost_ratio": spread([online["times_cheaper_ms"]]),
         "miou_vs_teacher": spread([online["miou_vs_teacher"]]),
         "cost_ratio_low_threshold": spread([low["times_cheaper_ms"]]),
         "miou_vs_teacher_low_threshold": spread([low["miou_vs_teacher"]]),
     }
     if arguments.root is None:
+        ratios |= speed(setting, (96, 128) if quick else SPEED_SIZE, 2 if quick else arguments.runs)
         ratios["stationary_teacher_fraction"] = spread([stationary_teacher_fraction(setting, recipe)])
     truth = setting.teacher_row["miou_vs_truth_all"]
     notes: dict[str, Any] = {
