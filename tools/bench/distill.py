@@ -54,8 +54,8 @@ LARGE_TEACHER = (
     "data.args.size=[192,256]",
     "data.args.crop=[192,256]",
     "data.args.cache_gb=2",
-    "trainer.max_epochs=8",
-    "trainer.validate_every=4",
+    "trainer.max_epochs=10",
+    "trainer.validate_every=5",
     "trainer.precision=bf16-mixed",
     "trainer.ema=0.99",
 )
