@@ -50,10 +50,11 @@ class ExitsOfSplit(NamedTuple):
     scores: np.ndarray  # float32 (n, K)
     matrices: np.ndarray  # int32 (n, K, C, C)
     size: tuple[int, int]  # (H, W) at which the network sees the first image
+    prices: tuple[float, ...] = ()  # of each image, in those of the first one; none where all are as large
 
     def table(self, costs: PathCosts) -> ExitTable:
-        """With what the exits cost, the table that thresholds are chosen from."""
-        return ExitTable(self.scores, self.matrices, costs)
+        """With what the exits cost for the first image, the table that thresholds are chosen from."""
+        return ExitTable(self.scores, self.matrices, costs, self.prices)
 
 
 class Calibration(NamedTuple):
@@ -97,25 +98,36 @@ def exits_of_batches(
 ) -> ExitsOfSplit:
     """Run every exit over batches of evaluation, where the model is; the scores are the policy's.
 
+    What an image costs is taken to go with its pixels, since counting every size that photographs come in takes long.
     Raises ValueError when logits are not finite, or there are no images.
     """
     model.eval()
     device = next(model.parameters()).device
     names, scores, matrices = list[str](), [], []
-    size = (0, 0)
+    sizes: list[tuple[int, int]] = []
     for batch in batches:
         labels_size = (batch.labels.shape[-2], batch.labels.shape[-1])
         found = at_every_exit(model, normalise(batch.images.to(device)), labels_size, policy)
-        size = size if names else (batch.images.shape[-2], batch.images.shape[-1])
         for place, name in enumerate(batch.names):
             names.append(name)
+            sizes.append((batch.images.shape[-2], batch.images.shape[-1]))
             scores.append(found.scores[place].numpy())
             label = batch.labels[place].numpy()
             of_exits = [confusion_matrix(exit[place].numpy(), label, num_classes) for exit in found.labels]
             matrices.append(np.stack(of_exits).astype(np.int32))
     if not names:
         raise ValueError("there are no images to ask the exits of; choose another split")
-    return ExitsOfSplit(tuple(names), np.stack(scores), np.stack(matrices), size)
+    prices = tuple(price(size, sizes[0]) for size in sizes) if len(set(sizes)) > 1 else ()
+    return ExitsOfSplit(tuple(names), np.stack(scores), np.stack(matrices), sizes[0], prices)
+
+
+def price(size: tuple[int, int], reference: tuple[int, int]) -> float:
+    """What an image of `size` (H, W) is taken to cost, in images of the reference's size.
+
+    >>> price((48, 64), (96, 64))
+    0.5
+    """
+    return size[0] * size[1] / (reference[0] * reference[1])
 
 
 @torch.inference_mode()
@@ -163,11 +175,12 @@ def calibrate(
     policy = policy or ExitPolicy()
     found = exits_of_split(model, datamodule, split, policy)
     costs = {"macs": path_costs(model, found.size), "milliseconds": path_milliseconds(model, found.size)}
-    if not is_share:
-        budget = 1.0 if budget > costs[unit].full else budget / costs[unit].full
-    check_share(budget, costs[unit])
     table = found.table(costs[unit])
-    policy = replace(policy, thresholds=solve(table, budget * costs[unit].full, how, spend=0.97))
+    full = table.mean_price * costs[unit].full
+    if not is_share:
+        budget = 1.0 if budget > full else budget / full
+    check_share(budget, costs[unit])
+    policy = replace(policy, thresholds=solve(table, budget * full, how, spend=0.97))
     achieved = as_figures(found, policy, costs)
     return Calibration(policy, budget, unit, how, split, found.names, costs, achieved), found
 
@@ -195,8 +208,8 @@ def as_figures(found: ExitsOfSplit, policy: ExitPolicy, costs: dict[str, PathCos
         "exits": [float(share) for share in judged.shares],
     }
     for unit, cost in costs.items():
-        figures[unit] = cost.average(judged.exits.tolist(), policy.asked)
-        figures[f"{unit}_share"] = figures[unit] / cost.full
+        figures[unit] = at_thresholds(found.table(cost), policy.thresholds).average_cost
+        figures[f"{unit}_share"] = figures[unit] / (table.mean_price * cost.full)
     return figures
 
 
@@ -237,10 +250,13 @@ def calibrated_policy(record: dict[str, Any], model: ExitNetwork, *, at: str) ->
     return policy
 
 
-def refuse_overlap(record: dict[str, Any], names: Iterable[str], split: str) -> None:
-    """Raise ValueError when thresholds were chosen on images that are to be scored."""
-    shared = set(names) & set(record["exits"].get("names", ()))
-    if shared:
+def refuse_overlap(record: dict[str, Any], datamodule: "SegmentationDataModule", split: str) -> None:
+    """Raise ValueError when thresholds were chosen on images of the split that is to be scored.
+
+    Images of different parts of a data set may have the same names.
+    """
+    shared = set(datamodule.source(split).names) & set(record["exits"].get("names", ()))
+    if shared and datamodule.parts(split) & datamodule.parts(record["exits"].get("split", split)):
         raise ValueError(
             f"{len(shared)} images of {split}, such as {min(shared)}, were used to calibrate the exits "
             f"(split {record['exits'].get('split')}), so a score on them would flatter; evaluate another --split, "

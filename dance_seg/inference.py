@@ -137,6 +137,7 @@ class Predicted(NamedTuple):
     prediction: np.ndarray
     label: np.ndarray
     exits: tuple[int, ...] = ()  # where a network with exits stopped, from 0, for each tile; none where nobody asked
+    seen: tuple[int, int] = (0, 0)  # (h, w) at which the network saw the image; (0, 0) where a file holds what it said
 
 
 class View(NamedTuple):
@@ -197,7 +198,7 @@ def predictions(
         else:
             found = predict(model, images, (height, width), protocol)
         for name, prediction, label, left in zip(batch.names, found.numpy(), batch.labels.numpy(), exits, strict=True):
-            yield Predicted(name, prediction, label, left)
+            yield Predicted(name, prediction, label, left, (images.shape[-2], images.shape[-1]))
 
 
 def decided(

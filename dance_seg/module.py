@@ -9,7 +9,7 @@ import torch
 from pytorch_lightning import LightningModule
 from torch import Tensor, nn
 
-from dance_seg.early_exit.exits import ExitNetwork, Outputs, every_exit
+from dance_seg.early_exit.exits import ExitNetwork, Outputs, every_exit, logits_of_every_exit
 from dance_seg.early_exit.learning import EarlyExit, distance_from_teacher, exit_losses
 from dance_seg.inference import predict_labels
 from dance_seg.losses import Loss, SoftLabels, per_sample_loss, weighted_mean
@@ -229,8 +229,12 @@ class SegmentationModule(LightningModule):
             self.model.zero_grad()
             with torch.enable_grad():
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=in_bfloat16):
-                    logits = self.model(images.to(self.device))
-                per_sample_loss(logits, labels.to(self.device), self.loss).mean().backward()
+                    output = logits_of_every_exit(self.model, images.to(self.device))
+                if isinstance(output, Outputs):
+                    losses, _ = exit_losses(output, labels.to(self.device), self.loss, self.early_exit)
+                else:
+                    losses = per_sample_loss(output, labels.to(self.device), self.loss)
+                losses.mean().backward()
             yield
         for module, training in modes:
             module.training = training

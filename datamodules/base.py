@@ -131,6 +131,14 @@ class SegmentationDataModule(LightningDataModule):
         """The names of the classes in the order of their train ids."""
         return self.label_table.classes
 
+    def parts(self, split: str) -> frozenset[str]:
+        """The data set's own splits from which the images of a split come: only within these do names tell them apart.
+
+        >>> sorted(SegmentationDataModule().parts("val"))
+        ['val']
+        """
+        return frozenset({split})
+
     def source(self, split: str) -> Source:
         """The images of a split, from the decoded cache; opened once."""
         if split not in self._sources:

@@ -48,6 +48,11 @@ class FileDataModule(SegmentationDataModule):
         """The data set's own split that a split is taken from."""
         return self.train_on if split in ("train", "held_out") else split
 
+    def parts(self, split: str) -> frozenset[str]:
+        """The data set's own splits from which the images of a split come."""
+        own = self._own(split)
+        return frozenset(("train", "val") if own == "trainval" else (own,))
+
     @property
     def label_table(self) -> LabelTable:
         """The one table from raw label ids to classes."""

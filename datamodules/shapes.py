@@ -61,5 +61,7 @@ class ShapesDataModule(SegmentationDataModule):
         return LabelTable(classes=CLASSES, palette=PALETTE, table=table)
 
     def raw_source(self, split: str) -> Scenes:  # type: ignore[override]
-        """The scenes of a split."""
+        """The scenes of a split. Raises ValueError for a split that shapes does not have."""
+        if split not in SPLITS:
+            raise ValueError(f"shapes has no split {split!r}; choose one of {', '.join(SPLITS)}")
         return Scenes(self.scene_seed, SPLITS[split], self.counts[split], self.size)

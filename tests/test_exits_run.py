@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from dance_seg.build import load_run, train
+from dance_seg.build import build_model, load_run, train
 from dance_seg.calibration import (
     calibrate,
     calibrated_policy,
@@ -34,6 +34,15 @@ from dance_seg.tracking import read_metrics
 from datamodules import build_datamodule
 from tests.dance_seg.early_exit.toy import Toy
 from tests.tiny import tiny
+from tools.evaluate import exits_record
+
+CUTS = (
+    "network_slimming.start=0.2",
+    "network_slimming.end=0.6",
+    "network_slimming.cuts=1",
+    "network_slimming.keep=0.7",
+    "network_slimming.importance=taylor",
+)
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +66,28 @@ def miou_of(found, num_classes):
     for one in found:
         matrix += confusion_matrix(one.prediction, one.label, num_classes)
     return scores(matrix).miou
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        Part("ranet", {"size": "tiny"}),
+        pytest.param(Part("basisnet", {"arch": "fpn", "encoder_name": "resnet18", "bases": 2}), marks=pytest.mark.slow),
+    ],
+    ids=["ranet", "basisnet"],
+)
+def test_it_trains_with_both_halves_and_every_exit_still_answers(model, tmp_path):
+    recipe = replace(tiny(*CUTS, slim=True, cache=tmp_path / "cache"), model=model)
+    datamodule = build_datamodule(recipe)
+    folder = train(recipe, datamodule, tmp_path / "run")
+    network, _, _ = load_run(folder, "last")
+    cut = json.loads((folder / "widths.json").read_text())["cuts"][-1]
+    assert 0.6 < cut["macs"] < 0.71  # as near to 0.7 as whole channels come
+    whole = path_costs(build_model(recipe, num_classes=11), (64, 64))
+    assert path_costs(network, (64, 64)).full == pytest.approx(cut["macs"] * whole.full, rel=0.01)
+    calibration, _ = calibrate(network, datamodule, budget=0.8, split="val", policy=ExitPolicy(score="mean"))
+    found = list(predictions(network, datamodule, "val", policy=calibration.policy))
+    assert miou_of(found, 11) == pytest.approx(calibration.achieved["miou"], abs=1e-9)
 
 
 def test_every_exit_is_scored_and_the_last_one_is_the_score(trained, network):
@@ -113,9 +144,44 @@ def test_nobody_scores_on_the_images_that_thresholds_were_chosen_on(trained, net
     model, record, _ = network
     calibration, _ = calibrate(model, datamodule, budget=1.0, split="val")
     record = {**record, "exits": calibration.as_record()}
-    refuse_overlap(record, datamodule.source("test").names, "test")
+    refuse_overlap(record, datamodule, "test")
     with pytest.raises(ValueError, match=r"6 images of val, such as .* were used to calibrate"):
-        refuse_overlap(record, datamodule.source("val").names, "val")
+        refuse_overlap(record, datamodule, "val")
+
+
+def test_images_of_other_parts_may_have_the_same_names(trained, network, monkeypatch):
+    _, datamodule = trained
+    record = {**network[1], "exits": {"split": "val", "names": datamodule.source("test").names}}
+    refuse_overlap(record, datamodule, "test")
+    monkeypatch.setattr(datamodule, "parts", lambda split: frozenset({"val", split}))  # as of trainval
+    with pytest.raises(ValueError, match="2 images of test"):
+        refuse_overlap(record, datamodule, "test")
+
+
+def test_smaller_images_cost_less_in_calibration_and_evaluation(trained, network, monkeypatch):
+    _, datamodule = trained
+    model = network[0]
+    monkeypatch.setattr(datamodule, "adaptive", HalfOfEveryOther(datamodule.source("val").names))
+    calibration, found = calibrate(model, datamodule, budget=0.6, split="val", policy=ExitPolicy(score="mean"))
+    assert found.prices == (1, 0.25, 1, 0.25, 1, 0.25)
+    full = path_costs(model, (64, 64))
+    left = list(predictions(model, datamodule, "val", policy=calibration.policy))
+    assert [one.seen for one in left] == [(64, 64), (32, 32)] * 3
+    costs = [full.total(one.exits[0], calibration.policy.asked) * p for one, p in zip(left, found.prices, strict=True)]
+    assert np.mean(costs) == pytest.approx(calibration.achieved["macs"])
+    assert np.mean(costs) <= 0.6 * full.full * np.mean(found.prices)
+    taken = [(one.seen, one.exits) for one in left]
+    assert exits_record(model, taken, calibration.policy, None)["gmacs"] == pytest.approx(np.mean(costs) / 1e9)
+
+
+class HalfOfEveryOther:
+    """An adaptive resolution that halves every second image."""
+
+    def __init__(self, names):
+        self.names = list(names)
+
+    def scale(self, image, name):
+        return 0.5 if self.names.index(name) % 2 else 1.0
 
 
 def test_a_budget_that_no_thresholds_meet_is_refused_with_the_limits(trained, network):
@@ -208,6 +274,9 @@ def test_the_tools_calibrate_evaluate_and_refuse(trained, tmp_path):
     assert "were used to calibrate" in done.stderr
     done = call("evaluate", "--exit", "last")
     assert done.returncode == 0, done.stderr
+    done = call("evaluate", "--split", "held_out")
+    assert done.returncode == 2
+    assert "shapes has no split 'held_out'; choose one of train, val, test" in done.stderr
     done = call("calibrate", "--budget", "0.01")
     assert done.returncode == 2
     assert "give a share from" in done.stderr

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tools.cli import parser, run, write_json
+from tools.evaluate import SPLITS
 
 if TYPE_CHECKING:
     from dance_seg.calibration import Calibration
@@ -30,7 +31,7 @@ def arguments_parser() -> argparse.ArgumentParser:
     budget.add_argument("--budget", type=float, help="share of the whole network's cost, such as 0.5")
     budget.add_argument("--budget-macs", metavar="N", type=float, help="MACs of an image on average, such as 1e8")
     made.add_argument("--unit", choices=UNITS, default="macs", help="what the budget counts; default: macs")
-    made.add_argument("--split", default="val", help="train, held_out, val or test; default: val")
+    made.add_argument("--split", choices=SPLITS, default="val", help="do not score on it; default: val")
     made.add_argument("--checkpoint", default="best", help="best, last or a path; default: best")
     made.add_argument("--method", choices=METHODS, default="direct", help="direct seeks mIoU; geometric is RANet's")
     made.add_argument("--score", choices=SCORES, default="confident", help="how sure an exit is; default: confident")
@@ -47,7 +48,7 @@ def main() -> int:
     from dance_seg.early_exit.exits import ExitNetwork
     from dance_seg.early_exit.policy import ExitPolicy
     from dance_seg.machine import write_text
-    from dance_seg.recipe import recipe_from_record
+    from dance_seg.recipe import adaptive_of, recipe_from_record, recipe_record
     from dance_seg.report.run_page import write_report
     from datamodules import build_datamodule
 
@@ -64,6 +65,8 @@ def main() -> int:
             "recipes/shapes_ranet.yaml"
         )
     datamodule = build_datamodule(recipe)
+    # Images are seen as evaluate and predict will show them.
+    datamodule.adaptive = adaptive_of({**record, "recipe": recipe_record(recipe)})
     calibration, found = calibrate(
         model,
         datamodule,

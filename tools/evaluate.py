@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from datamodules.base import SegmentationDataModule
 
 SPLITS = ("train", "held_out", "val", "test")
+Left = tuple[tuple[int, int], tuple[int, ...]]
+"""Of an image, the size (h, w) at which it was seen, and at which exit it or its tiles left."""
 VIDEO = ("camvid", "folder")  # groups of images are clips, in order of time by their names
 
 
@@ -90,15 +92,16 @@ def main() -> int:
             raise ValueError(f"{scored} was trained on the classes {trained}; the data has {', '.join(classes)}")
         # The complexity that decides is that of the images it was trained on, which the checkpoint keeps.
         datamodule.adaptive = adaptive_of({**record, "recipe": recipe_record(recipe)})
-        policy = exit_policy(model, record, arguments, source.names, split, scored)
+        policy = exit_policy(model, record, arguments, datamodule, split, scored)
         found = predictions(model, datamodule, split, protocol, policy, arguments.tile and tuple(arguments.tile))
 
     matrix = np.zeros((len(classes), len(classes)), np.int64)
     boundary = BoundaryIoU(len(classes)) if arguments.boundary else None
     consistency = TemporalConsistency(len(classes)) if arguments.consistency else None
-    sizes, previous_group, taken = set(), None, list[int]()
-    for index, (name, prediction, label, left) in enumerate(found):
-        taken += left
+    sizes, previous_group, taken = set(), None, list[Left]()
+    for index, (name, prediction, label, left, seen) in enumerate(found):
+        if left:
+            taken.append((seen, left))
         matrix += confusion_matrix(prediction, label, len(classes))
         sizes.add(label.shape)
         if boundary:
@@ -137,9 +140,11 @@ def main() -> int:
     print(f"data      {recipe.data.name} {split}: {len(source)} images, labels {described(sizes)} at their own size")
     print(f"protocol  {how}")
     if taken and policy is not None:
-        exits = exits_record(model, taken, datamodule, split, policy, arguments.tile)
+        exits = exits_record(model, taken, policy, arguments.tile)
         figures["exits"] = exits
         print(f"exits     {described_exits(exits)}")
+    elif not arguments.predictions and not arguments.exit and getattr(model, "num_exits", 1) > 1:
+        print(f"exits     all go to the last; to stop early: python -m tools.calibrate {arguments.run} --budget 0.5")
     print(f"score     one confusion matrix over all pixels, void ignored; one run, seed {recipe.seed}")
     if writer:
         print(f"saved     {writer.folder}: {form}")
@@ -156,7 +161,12 @@ def main() -> int:
 
 
 def exit_policy(
-    model: Any, record: dict[str, Any], arguments: argparse.Namespace, names: Sequence[str], split: str, at: Path
+    model: Any,
+    record: dict[str, Any],
+    arguments: argparse.Namespace,
+    datamodule: "SegmentationDataModule",
+    split: str,
+    at: Path,
 ) -> "ExitPolicy | None":
     """By which exits a network stops: the one asked for, as calibrated, or None for the whole network."""
     from dance_seg.calibration import calibrated_policy, fixed_exit, refuse_overlap
@@ -177,32 +187,34 @@ def exit_policy(
         return None
     if arguments.scales or arguments.window or arguments.flip:
         raise ValueError("--scales, --window and --flip do not go with calibrated exits; add --exit last")
-    refuse_overlap(record, names, split)
+    refuse_overlap(record, datamodule, split)
+    if arguments.tile:
+        print("thresholds were chosen for whole images: by tiles the budget need not be met")
     return policy
 
 
-def exits_record(
-    model: Any,
-    taken: list[int],
-    datamodule: "SegmentationDataModule",
-    split: str,
-    policy: "ExitPolicy",
-    tile: Sequence[int] | None,
-) -> dict[str, Any]:
-    """Where images or tiles left, and the MACs of an image on average, each at the size of the split's first image."""
+def exits_record(model: Any, taken: Sequence[Left], policy: "ExitPolicy", tile: Sequence[int] | None) -> dict[str, Any]:
+    """Where images or tiles left, and the MACs of an image on average.
+
+    MACs are counted for the first image, or one tile, and taken to go with the pixels of the others.
+    """
+    from dance_seg.calibration import price
     from dance_seg.early_exit.paths import path_costs
     from dance_seg.early_exit.tiles import tile_size
-    from dance_seg.normalise import downsampled_size
 
-    source = datamodule.source(split)
-    height, width = downsampled_size(source.load(0).label.shape, datamodule.resolution)
-    whole = path_costs(model.cpu(), (height, width))
-    costs = path_costs(model, tile_size((height, width), (tile[0], tile[1]))) if tile else whole
-    average = costs.average(taken, policy.asked) * len(taken) / len(source)  # an image is one tile, or several
+    size = taken[0][0]
+    whole = path_costs(model.cpu(), size)
+    costs = path_costs(model, tile_size(size, (tile[0], tile[1]))) if tile else whole
+    prices = [price(seen, size) for seen, _ in taken]
+    spent = [
+        sum(costs.total(exit, policy.asked) for exit in exits) * (1 if tile else one)
+        for one, (_, exits) in zip(prices, taken, strict=True)
+    ]
+    left = [exit for _, exits in taken for exit in exits]
     return {
-        "shares": [taken.count(exit) / len(taken) for exit in range(model.num_exits)],
-        "gmacs": average / 1e9,
-        "macs_share": average / whole.full,
+        "shares": [left.count(exit) / len(left) for exit in range(model.num_exits)],
+        "gmacs": sum(spent) / len(spent) / 1e9,
+        "macs_share": sum(spent) / (whole.full * sum(prices)),
         "tile": list(tile) if tile else None,
         "policy": policy.as_record(),
     }

@@ -41,13 +41,16 @@ ROUNDING = 1e-9
 class ExitTable:
     """What each exit says of each image of a split, and what the exits cost.
 
-    Raises ValueError for shapes that do not fit, scores outside [0, 1], and matrices that count nothing or whose
-    labels differ from exit to exit.
+    `prices` are how many times the costs each image costs, where images differ in size; by default once. Raises
+    ValueError for shapes that do not fit, scores outside [0, 1], prices that are not positive, and matrices that count
+    nothing or whose labels differ from exit to exit.
     """
 
     scores: np.ndarray  # float32 (n, K); those of the last exit are not read
     matrices: np.ndarray  # integers (n, K, C, C), rows labels and columns predictions
     costs: PathCosts  # of K exits, in MACs or milliseconds
+    prices: Sequence[float] | np.ndarray = ()  # (n,)
+    weights: np.ndarray = field(init=False, repr=False)  # float64 (n,): the prices
     pixels: np.ndarray = field(init=False, repr=False)  # float64 (n, K, 2 C): right, and right or wrong, per class
 
     def __post_init__(self) -> None:
@@ -62,6 +65,10 @@ class ExitTable:
         for name, costs in (("trunk", self.costs.trunk), ("heads", self.costs.heads)):
             if len(costs) != shape[1] or not all(math.isfinite(cost) for cost in costs):
                 raise ValueError(f"costs.{name} is {costs}; give {shape[1]} finite numbers, one per exit of the scores")
+        weights = np.asarray(self.prices, np.float64) if len(self.prices) else np.ones(shape[0])
+        if weights.shape != shape[:1] or not (np.isfinite(weights) & (weights > 0)).all():
+            raise ValueError(f"prices are {self.prices}; give {shape[0]} positive numbers, one per image of the scores")
+        object.__setattr__(self, "weights", weights)
         asked = self.scores[:, :-1]
         if not ((asked >= 0) & (asked <= 1)).all():
             raise ValueError("scores hold NaN or values outside [0, 1]; a policy's scores lie there")
@@ -81,6 +88,11 @@ class ExitTable:
         """K."""
         return self.scores.shape[1]
 
+    @property
+    def mean_price(self) -> float:
+        """By what the costs are multiplied for an image on average: 1 where all have one size."""
+        return float(self.weights.mean())
+
 
 class AtThresholds(NamedTuple):
     """What a split would cost and score with some thresholds."""
@@ -94,7 +106,7 @@ class AtThresholds(NamedTuple):
 class Judged(NamedTuple):
     """The figures of M sets of thresholds."""
 
-    average_costs: np.ndarray  # float64 (M,)
+    average_costs: np.ndarray  # float64 (M,): per image
     mious: np.ndarray  # float64 (M,)
     leaving: np.ndarray  # float64 (M, K): how many images leave at each exit
 
@@ -139,13 +151,14 @@ def judge(table: ExitTable, sets: np.ndarray) -> Judged:
 
 def judge_exits(table: ExitTable, exits: np.ndarray, costs: np.ndarray) -> Judged:
     """The figures of M ways (M, n) to let the images leave at costs (M, K)."""
-    leaving = np.zeros((len(exits), table.num_exits))
+    leaving, paid = np.zeros((2, len(exits), table.num_exits))
     pixels = np.zeros((len(exits), table.pixels.shape[2]))
     for exit in range(table.num_exits):
         leaves = (exits == exit).astype(np.float64)  # (M, n)
         leaving[:, exit] = leaves.sum(axis=1)
+        paid[:, exit] = leaves @ table.weights
         pixels += leaves @ table.pixels[:, exit]
-    return Judged((leaving * costs).sum(axis=1) / exits.shape[1], mean_iou(pixels), leaving)
+    return Judged((paid * costs).sum(axis=1) / exits.shape[1], mean_iou(pixels), leaving)
 
 
 def exits_at(table: ExitTable, sets: np.ndarray) -> np.ndarray:
@@ -203,7 +216,8 @@ def solve(table: ExitTable, budget: float, how: How = "direct", *, spend: float 
 
 def check_budget(table: ExitTable, budget: float) -> None:
     """Raise ValueError unless the budget lies between the cost of the first exit and that of the last."""
-    cheapest, full, unit = table.costs.cheapest, table.costs.full, table.costs.unit
+    cheapest, full = table.mean_price * table.costs.cheapest, table.mean_price * table.costs.full
+    unit = table.costs.unit
     if not cheapest * (1 - ROUNDING) <= budget <= full * (1 + ROUNDING):  # NaN is refused as well
         raise ValueError(
             f"the budget is {budget:,.6g} {unit} per image; leaving at the first exit costs {cheapest:,.6g} {unit} and "
@@ -394,10 +408,10 @@ def curve(table: ExitTable, how: How = "direct", points: int = 19) -> list[Curve
     Drawn on the split on which thresholds are chosen, the curve flatters; judge its thresholds on another table.
     """
     found = []
-    for budget in np.linspace(table.costs.cheapest, table.costs.full, points):
+    for budget in table.mean_price * np.linspace(table.costs.cheapest, table.costs.full, points):
         thresholds = solve(table, float(budget), how)
         adaptive = at_thresholds(table, thresholds)
         draws = [scored(table, random_exits(table, adaptive.shares, seed)) for seed in range(RANDOM_DRAWS)]
-        random_cost = float(adaptive.shares @ np.add(table.costs.trunk, table.costs.heads))
+        random_cost = table.mean_price * float(adaptive.shares @ np.add(table.costs.trunk, table.costs.heads))
         found.append(CurvePoint(adaptive.average_cost, adaptive.miou, thresholds, random_cost, float(np.mean(draws))))
     return found

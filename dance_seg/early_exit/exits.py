@@ -121,6 +121,14 @@ def outputs_of(model: nn.Module, images: Tensor) -> Any:
     return list(model.exits(images)) if isinstance(model, ExitNetwork) else model(images)
 
 
+def logits_of_every_exit(model: nn.Module, images: Tensor) -> "Outputs | Tensor":
+    """What training makes of images, in evaluation mode: `forward` comes by the last head alone there."""
+    if not isinstance(model, ExitNetwork):
+        return model(images)  # type: ignore[no-any-return]
+    found = [full_size(coarse, images.shape[-2:]) for coarse in model.exits(images) if coarse is not None]
+    return Outputs(tuple(found))
+
+
 def select(features: Any, kept: Tensor | None) -> Any:
     """What of the features goes on: rows `kept` of every tensor (N, ...) in lists, tuples and dictionaries of them.
 

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dance_seg.cost.latency import synchronise
 from dance_seg.early_exit.exits import ExitNetwork
 from dance_seg.evaluator import argmax, labels_of, refuse_not_finite
 from dance_seg.sample import CoarseLogits
@@ -193,7 +194,7 @@ def decide(
                     found = policy.scores(coarse, images.shape[-2:]).cpu()
                     scores[there] = found
                     stays = ~(found >= thresholds[exit])
-                if exit == last or (deadline is not None and deadline()):
+                if exit == last or (deadline is not None and deadline_passed(deadline, images.device)):
                     stays[:] = False
             leaving = (~stays).nonzero().squeeze(1)
             if len(leaving):
@@ -207,6 +208,12 @@ def decide(
             scores[there] = math.nan
             coarse = walk.send(kept.to(images.device)) if len(leaving) else next(walk)
     return Decided(labels, exits, scores)
+
+
+def deadline_passed(deadline: Callable[[], bool], device: torch.device) -> bool:
+    """Whether the time is up, once the device has done what it was given so far."""
+    synchronise(device)
+    return deadline()
 
 
 @torch.no_grad()

@@ -4,8 +4,12 @@ import pytest
 import torch
 from torch import nn
 
-from dance_seg.module import WeightAverage, make_optimizer
+from dance_seg.early_exit.exits import Outputs
+from dance_seg.early_exit.learning import EarlyExit, exit_losses
+from dance_seg.losses import Loss
+from dance_seg.module import SegmentationModule, WeightAverage, make_optimizer
 from dance_seg.options import Optimizer
+from tests.dance_seg.early_exit.toy import CLASSES, Toy
 
 
 def test_weights_decay_and_biases_and_norms_do_not():
@@ -22,6 +26,29 @@ def test_the_encoder_may_learn_more_slowly():
     rates = {id(p): group["lr"] for group in groups for p in group["params"]}
     assert rates[id(model["encoder"].weight)] == pytest.approx(0.01)
     assert rates[id(model["decoder"].weight)] == pytest.approx(0.1)
+
+
+def test_gradients_for_importance_are_those_of_every_exit_as_it_learns():
+    torch.manual_seed(0)
+    options = EarlyExit(weights=(0.5, 0.25, 2.0))
+    module = SegmentationModule(Toy(light=True), classes=[str(i) for i in range(CLASSES)], early_exit=options)
+    images, labels = torch.randn(1, 3, 8, 12), torch.randint(0, CLASSES, (1, 8, 12))
+    module.model.train()
+    (_,) = module._backward_passes([(images, labels)])
+    found = {name: weight.grad.clone() for name, weight in module.model.named_parameters()}
+    assert module.model.training
+
+    module.zero_grad()
+    module.model.eval()  # BatchNorm as in the passes
+    outputs = Outputs(tuple(full_logits(module.model, images)))
+    exit_losses(outputs, labels, Loss(), options)[0].mean().backward()
+    for name, weight in module.model.named_parameters():
+        assert torch.allclose(found[name], weight.grad, atol=1e-6), name
+        assert weight.grad.abs().sum() > 0, name
+
+
+def full_logits(model, images):
+    return [nn.functional.interpolate(exit.logits, images.shape[-2:], mode="bilinear") for exit in model.exits(images)]
 
 
 def test_poly_falls_to_zero_and_cosine_passes_one_half():

@@ -101,6 +101,19 @@ def test_an_exit_that_is_not_asked_costs_no_head():
     assert at_thresholds(BY_HAND, (0.0,)).average_cost == 11
 
 
+def test_a_larger_image_costs_so_many_times_more():
+    table = ExitTable(BY_HAND.scores, BY_HAND.matrices, BY_HAND.costs, (1.0, 4.0, 0.5))
+
+    assert at_thresholds(table, (0.6,)).average_cost == pytest.approx((11 + 4 * 43 + 0.5 * 11) / 3)
+    assert at_thresholds(table, (0.6,)).miou == at_thresholds(BY_HAND, (0.6,)).miou
+    # Every image costs 11 at least and 42 at most, times its price.
+    for budget in (11 * 5.5 / 3 - 0.1, 42 * 5.5 / 3 + 0.1):
+        with pytest.raises(ValueError, match="give a budget between them"):
+            solve(table, budget)
+    assert at_thresholds(table, solve(table, 63)).exits.tolist() == [0, 1, 0]
+    assert at_thresholds(table, solve(table, 62)).exits.tolist() == [0, 0, 0]
+
+
 @settings(max_examples=40, deadline=None)
 @given(table=tables, data=st.data())
 def test_judgement_is_that_of_a_plain_loop(table, data):

@@ -1,10 +1,17 @@
 """What each way costs: against counts by hand and against the whole network's count."""
 
+from dataclasses import replace
+from functools import partial
+
+import pytest
 import torch
 from torch import nn
 
-from dance_seg.cost.macs import count_macs
+from dance_seg.cost.macs import OperationCounter, count_macs
 from dance_seg.early_exit.paths import PathCosts, Walked, path_costs
+from dance_seg.early_exit.policy import ExitPolicy, at_every_exit, decide
+from dance_seg.models.basisnet import BasisNet
+from dance_seg.models.ranet import RANet
 from tests.dance_seg.early_exit.toy import CLASSES, Toy
 
 PIXELS = 8 * 12 // 4  # of the features, for images of 8 x 12
@@ -57,6 +64,35 @@ def test_exits_that_are_not_asked_cost_nothing_and_the_last_always_counts():
     assert costs.total(1, (True, False, True)) == 33
     assert costs.total(2, (True, True, True)) == 67
     assert (costs.cheapest, costs.full) == (11, 64)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        partial(RANet, CLASSES, size="tiny"),
+        partial(BasisNet, CLASSES, arch="fpn", encoder_name="resnet18", encoder_weights=None, bases=2),
+    ],
+    ids=["ranet", "basisnet"],
+)
+def test_a_batch_that_stops_early_executes_what_its_ways_are_said_to_cost(model):
+    torch.manual_seed(0)
+    network, images, size = model().eval(), torch.randn(4, 3, 64, 96), (64, 96)
+    every = ExitPolicy(score="mean", thresholds=(0.0,) * (network.num_exits - 1))
+    scores = at_every_exit(network, images, size, every).scores
+    policy = replace(every, thresholds=tuple(scores[:, :-1].median(dim=0).values.tolist()))
+    costs = path_costs(network, size)
+
+    with OperationCounter() as counter:
+        decided = decide(network, images, size, policy)
+
+    exits = decided.exits.tolist()
+    assert len(set(exits)) > 1
+    expected = sum(costs.total(exit, policy.asked) for exit in exits)
+    # The logits may reach their full size outside the network, where nothing is counted.
+    last = [count_macs(Walked(network, exit, policy.asked, to_full_size=False), size).macs for exit in exits]
+    resized = sum(count_macs(Walked(network, exit, policy.asked), size).macs for exit in exits) - sum(last)
+    assert expected - resized <= sum(counter.macs["forward"].values()) <= expected
+    assert resized < 0.01 * expected
 
 
 def test_counting_leaves_the_network_as_it_is():
