@@ -67,3 +67,23 @@ def test_the_table_has_a_line_for_each_method(rows):
     lines = distill.markdown("A stream", rows).splitlines()
     assert len(lines) == 4 + len(rows)
     assert len({line.count("|") for line in lines[2:]}) == 1
+
+
+def test_what_became_of_each_cut_stands_in_the_row_of_its_method(setting, rows):
+    (found,) = rows["online, geometric"]["after_cuts"]
+    assert found.cut == 10
+    assert 0 <= found.accuracy_before < setting.options.threshold
+    assert found.key_frames >= 1
+    assert rows["frozen student"]["after_cuts"] == []  # it has no key frames
+
+
+def test_recovery_from_a_cut_is_counted_to_the_next_one():
+    """Below the threshold before each; back at once, at the third key frame, never, and a scene that nobody saw."""
+    lessons = [(0, 0.1, 0.2), (10, 0.3, 0.8), (20, 0.4, 0.5), (24, 0.5, 0.6), (28, 0.6, 0.9), (33, 0.2, 0.7)]
+    found = distill.after_cuts([10, 20, 30, 40], lessons, 0.8)
+    assert found == [(10, 0.3, 1), (20, 0.4, 3), (30, 0.2, 2)]
+    ratios = distill.at_cuts(found, 0.8)
+    assert ratios["accuracy_before_over_threshold_at_cut"]["max"] == 0.5
+    assert ratios["key_frames_to_recover"]["max"] == 3
+    assert distill.after_cuts([], lessons, 0.8) == []
+    assert distill.at_cuts([], 0.8) == {}
