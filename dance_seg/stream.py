@@ -92,7 +92,7 @@ def follow_stream(
     if notes(folder).get("finished"):
         say(f"{folder} is finished; give another name= to follow anew")
         return folder
-    student, student_recipe, structure = build_student(recipe, len(teacher.classes))
+    student, student_recipe, structure = build_student(recipe, teacher.classes)
     run = StreamRunFiles(folder, recipe, student_recipe, structure, source, teacher, student)
     start = run.resume()
     if start:

@@ -239,7 +239,7 @@ def prepared(recipe: Recipe, teacher: Recipe, views: Mapping[str, Any], student_
     options = replace(recipe.distillation, warm_start=str(trained(beginning, TEACHERS, build_datamodule)))
     torch.set_num_threads(threads)
     source = build_source(recipe)
-    student, _, _ = build_student(replace(recipe, distillation=options), len(source.classes))
+    student, _, _ = build_student(replace(recipe, distillation=options), source.classes)
     made = checkpoint_teacher(str(run_of_teacher), **views)
     empty = Setting(source, [], made, student, options, [], {}, recipe.seed)
     return recorded(empty, source)

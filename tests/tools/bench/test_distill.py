@@ -18,7 +18,7 @@ def setting():
     source = build_source(recipe)
     torch.manual_seed(0)
     teacher = NetworkTeacher(torch.nn.Conv2d(3, 11, 1), source.classes, device="cpu")
-    student, _, _ = build_student(recipe, 11)
+    student, _, _ = build_student(recipe, source.classes)
     empty = distill.Setting(source, [], teacher, student, recipe.distillation, [], {}, recipe.seed)
     return distill.recorded(empty, source)
 
