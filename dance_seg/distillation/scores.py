@@ -192,7 +192,8 @@ class StreamScores:
     def costs(self, alone: Mapping[str, float] | None = None) -> dict[str, Any]:
         """What the stream cost so far, for cost.json: measured seconds, MACs, and the cost model beside them.
 
-        `alone` are the seconds of student, teacher and update measured each by itself; the model adds them up.
+        `alone` are the seconds of student, teacher and update measured each by itself; the model adds them up, and
+        takes the median of the stream where one is not there.
         `times_cheaper` compares with the teacher on every frame. What was asked for scores alone is kept apart.
         """
         found: dict[str, Any] = {
@@ -218,9 +219,11 @@ class StreamScores:
             each["teacher"] = self.teacher_macs / self.total.frames / 1e9 if self.total.frames else None
             found["gmacs"] = {**each, "total": sum(self.macs) / 1e9, "teacher_every_frame": self.teacher_macs / 1e9}
         if alone is not None:
-            modelled = sum(self.counts[part] * alone[part] for part in self.counts)
-            every_frame = self.total.frames * alone["teacher"]
-            found["model"] = {"seconds": modelled, "times_cheaper": every_frame / modelled if modelled else None}
+            once = {part: (known or 0.0) / 1000 for part, known in found["milliseconds"].items()} | dict(alone)
+            modelled = sum(self.counts[part] * once[part] for part in self.counts)
+            every_frame = self.total.frames * once["teacher"]
+            is_known = modelled and every_frame  # a teacher that never answered has no time to compare with
+            found["model"] = {"seconds": modelled, "times_cheaper": every_frame / modelled if is_known else None}
         return found
 
     def state_dict(self) -> dict[str, Any]:

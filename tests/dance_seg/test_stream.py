@@ -13,6 +13,7 @@ import dance_seg.build
 import dance_seg.stream
 from dance_seg.build import build_model
 from dance_seg.checkpoint import newest_valid, save_checkpoint
+from dance_seg.distillation.learning import attempt, images_of
 from dance_seg.distillation.online import Followed, TeacherError
 from dance_seg.distillation.state import StreamState
 from dance_seg.distillation.teacher import OracleTeacher, Teaching
@@ -23,12 +24,13 @@ from dance_seg.network_slimming.structure import structure_record
 from dance_seg.part import Part
 from dance_seg.predict import load_predictor
 from dance_seg.sample import Frame
-from dance_seg.stream import follow_stream
+from dance_seg.stream import follow_stream, seconds_alone
 from dance_seg.stream_pictures import MOST_EVENTS, SampleFrames
 from dance_seg.teachers import build_student, build_teacher, palette_of, recipe_hash, teacher_recipe, trained
 from datamodules.paced import paced
 from datamodules.scenes import CLASSES
 from datamodules.video import build_source
+from tests.dance_seg.distillation import streams as squares
 from tests.exported import SMALL, small_record
 from tests.streams import FRAMES, rows_of, tiny_stream
 from tests.tiny import tiny
@@ -325,6 +327,31 @@ def test_baselines_run_in_the_same_runner(tmp_path):
     assert found["frozen"]["key_frames"] == found["frozen"]["updates"] == found["hold"]["updates"] == 0
     assert found["hold"]["key_frames"] > 0
     assert found["offline"]["frames_against_teacher"] == FRAMES - round(0.2 * FRAMES)
+
+
+@pytest.mark.parametrize(
+    ("labels", "learning_rate", "measured"),
+    [
+        ("truth", 0.002, {"student", "teacher", "updates"}),
+        ("truth", 1e30, {"student", "teacher"}),  # the weights diverge
+        ("own", 0.002, {"student", "teacher"}),  # nothing to learn
+        ("none", 0.002, {"student"}),
+        ("no class", 0.002, {"student"}),
+    ],
+)
+def test_what_the_last_frame_cannot_tell_of_the_costs_is_left_out(labels, learning_rate, measured):
+    frame = squares.frame_at(0)
+    state = StreamState.start(squares.student(), squares.CLASSES, squares.options(learning_rate=learning_rate))
+
+    def teacher(frame):
+        if labels == "none":
+            raise RuntimeError("out of memory")
+        own = attempt(state.student, images_of(state.student, frame, state.options), squares.SIZE, gradients=False)
+        return Teaching({"truth": frame.label, "own": own.labels, "no class": np.full_like(frame.label, 9)}[labels])
+
+    found = seconds_alone(state, teacher, frame, runs=1)
+    assert found.keys() == measured
+    assert all(value > 0 for value in found.values())
 
 
 def test_in_real_time_what_was_dropped_and_late_is_told(tmp_path):

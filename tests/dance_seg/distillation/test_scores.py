@@ -115,6 +115,19 @@ def test_the_cost_model_is_the_sum_of_what_each_frame_pays():
     assert stream_macs(10, 1, 0, Price(1, None, 3)) is None
 
 
+def test_the_cost_model_takes_the_streams_medians_of_what_was_not_measured_alone():
+    """17 frames of 1 s, key frames of 5 s and 3 updates of 2 s; a teacher that never answered has no time."""
+    scores = StreamScores(CLASSES, options())
+    for index in range(17):
+        key = index in (0, 16)
+        scores.add(made(index, [0], taught=[0] if key else None, updates=3 * key, seconds=(1, 5 * key, 6 * key)))
+    found = scores.costs(alone={"student": 0.5})["model"]
+    assert found == pytest.approx({"seconds": 17 / 2 + 2 * 5 + 6 * 2, "times_cheaper": 17 * 5 / 30.5})
+    scores = StreamScores(CLASSES, options())
+    scores.add(made(0, [0]))
+    assert scores.costs(alone={"student": 1.0})["model"] == {"seconds": 1.0, "times_cheaper": None}
+
+
 @pytest.mark.parametrize(
     ("method", "macs"),
     [("teacher", 50), ("hold", 50), ("frozen", 1), ("offline", 51), ("online", 51)],
