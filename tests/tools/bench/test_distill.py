@@ -1,5 +1,9 @@
 """The benchmark of online distillation, on a stream of a few frames with a teacher of one convolution."""
 
+import json
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -87,3 +91,29 @@ def test_recovery_from_a_cut_is_counted_to_the_next_one():
     assert ratios["key_frames_to_recover"]["max"] == 3
     assert distill.after_cuts([], lessons, 0.8) == []
     assert distill.at_cuts([], 0.8) == {}
+
+
+def test_the_benchmark_writes_its_ratios_and_its_table(setting, rows, tmp_path, monkeypatch):
+    """With a teacher that is not trained, and the rows that are there already."""
+    monkeypatch.setattr(distill, "prepared", lambda *given: setting)
+    monkeypatch.setattr(distill, "table", lambda setting: dict(rows))
+    (tmp_path / "recipes").symlink_to(Path(distill.__file__).parents[2] / "recipes")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["distill", "--quick", "data.args.num_frames=20"])
+    assert distill.main() == 0
+    written = json.loads((tmp_path / "runs/bench/distill.json").read_text())
+    assert written["ratios"].keys() == {
+        "teacher_miou_vs_truth",
+        "cost_ratio",
+        "miou_vs_teacher",
+        "cost_ratio_low_threshold",
+        "miou_vs_teacher_low_threshold",
+        "accuracy_before_over_threshold_at_cut",
+        "key_frames_to_recover",
+        "student_vs_teacher_ms",
+        "key_frame_overhead",
+        "stationary_teacher_fraction",
+    }
+    assert written["ratios"]["teacher_miou_vs_truth"]["median"] == rows["teacher on every frame"]["miou_vs_truth_all"]
+    assert written["notes"].keys() > {*rows, "online, geometric, threshold 0.7", "quick"}
+    assert (tmp_path / "runs/bench/distill.md").read_text().count("\n|") == 2 + len(rows) + 1
