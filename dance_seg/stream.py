@@ -24,7 +24,7 @@ from torch import nn
 from dance_seg.checkpoint import forget_older, newest_valid, save_checkpoint
 from dance_seg.cost.macs import count_macs
 from dance_seg.distillation.learning import attempt, images_of, learn
-from dance_seg.distillation.online import Followed, TeacherError, figures, follow
+from dance_seg.distillation.online import Followed, TeacherError, checked, figures, follow
 from dance_seg.distillation.real_time import follow_in_real_time
 from dance_seg.distillation.scores import StreamScores, pricing, scored
 from dance_seg.distillation.state import StreamState
@@ -92,7 +92,7 @@ def follow_stream(
     if notes(folder).get("finished"):
         say(f"{folder} is finished; give another name= to follow anew")
         return folder
-    student, student_recipe, structure = build_student(recipe, len(teacher.classes))
+    student, student_recipe, structure = build_student(recipe, teacher.classes)
     run = StreamRunFiles(folder, recipe, student_recipe, structure, source, teacher, student)
     start = run.resume()
     if start:
@@ -293,7 +293,11 @@ def seeded(frames: Iterable[Frame], seed: int, broken: list[Exception]) -> Itera
 
 
 def seconds_alone(state: StreamState, teacher: Teacher, frame: Frame, runs: int = 5) -> dict[str, float]:
-    """Median seconds of the student, the teacher and one update, each measured by itself on a copy of the student."""
+    """Median seconds of the student, the teacher and one update, each measured by itself on a copy of the student.
+
+    What this frame cannot tell is left out: the teacher where it fails, updates where there is nothing to learn or the
+    weights diverge.
+    """
     options = replace(state.options, threshold=1 - 1e-9, u_max=3, restore_best=False, method="online")
     size = frame.image.shape[:2]
     found: dict[str, list[float]] = {"student": [], "teacher": [], "updates": []}
@@ -301,22 +305,23 @@ def seconds_alone(state: StreamState, teacher: Teacher, frame: Frame, runs: int 
     with suppress(Exception):  # a teacher that fails has no time
         for _ in range(runs):
             began = time.perf_counter()
-            teaching = teacher(frame)
+            teaching = checked(teacher(frame), frame, len(state.classes))
             found["teacher"].append(time.perf_counter() - began)
-    for _ in range(runs):
-        trial = StreamState.start(copy.deepcopy(state.student), state.classes, options)
-        began = time.perf_counter()
-        attempt(trial.student, images_of(trial.student, frame, options), size, gradients=False)
-        found["student"].append(time.perf_counter() - began)
-        if teaching is None or options.partial != state.options.partial:
-            continue
-        images = images_of(trial.student, frame, options)
-        first = attempt(trial.student, images, size, gradients=True)
-        began = time.perf_counter()
-        lesson = learn(trial, images, teaching, first)
-        if lesson.updates:
-            found["updates"].append((time.perf_counter() - began) / lesson.updates)
-    return {part: median(times) if times else 0.0 for part, times in found.items()}
+    with suppress(ValueError):  # logits that are not finite, after more updates than the stream itself would make
+        for _ in range(runs):
+            trial = StreamState.start(copy.deepcopy(state.student), state.classes, options)
+            began = time.perf_counter()
+            attempt(trial.student, images_of(trial.student, frame, options), size, gradients=False)
+            found["student"].append(time.perf_counter() - began)
+            if teaching is None:
+                continue
+            images = images_of(trial.student, frame, options)
+            first = attempt(trial.student, images, size, gradients=True)
+            began = time.perf_counter()
+            lesson = learn(trial, images, teaching, first)
+            if lesson.updates:
+                found["updates"].append((time.perf_counter() - began) / lesson.updates)
+    return {part: median(times) for part, times in found.items() if times}
 
 
 class ProgressBar:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -168,26 +168,38 @@ def palette_of(source: Source, teacher: Teacher) -> tuple[tuple[int, int, int], 
     return tuple(tuple(round(255 * part) for part in colorsys.hsv_to_rgb(hue, 0.65, 0.85)) for hue in hues)  # type: ignore[misc]
 
 
-def build_student(recipe: Recipe, num_classes: int) -> tuple[nn.Module, Recipe, dict[str, Any] | None]:
+def build_student(recipe: Recipe, classes: Sequence[str]) -> tuple[nn.Module, Recipe, dict[str, Any] | None]:
     """The student of a recipe, the recipe that builds its network again, and the structure it was cut to, if it was.
 
-    `model: {name: checkpoint, args: {run: ...}}` takes the network of another run, slimmed ones too.
+    `model: {name: checkpoint, args: {run: ...}}` takes the network of another run, slimmed ones too. Raises ValueError
+    where its classes are not the teacher's `classes`, or as many others in the run of `distillation.warm_start`.
     """
     torch.manual_seed(recipe.seed)  # decides the initial weights
     structure = None
     if recipe.model.name == "checkpoint":
         model, record, path = build_part({"checkpoint": _network_of}, recipe.model, at="model")
+        _check_classes_of(record, classes, f"model.args.run {path}")
         structure = load_checkpoint(path).get("structure")
         recipe = replace(recipe, model=recipe_from_record(record["recipe"]).model)
     else:
-        model = build_model(recipe, num_classes)
+        model = build_model(recipe, len(classes))
     assert recipe.distillation is not None
     if recipe.distillation.warm_start is not None:
-        load_warm_start(model, _network_of(recipe.distillation.warm_start)[0].state_dict())
+        other, record, path = _network_of(recipe.distillation.warm_start)
+        if len(record["labels"]["classes"]) == len(classes):  # else its last layer does not fit and is left out
+            _check_classes_of(record, classes, f"distillation.warm_start {path}")
+        load_warm_start(model, other.state_dict())
     if recipe.trainer.channels_last:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     on_cpu = recipe.trainer.accelerator == "cpu" or not torch.cuda.is_available()
     return model.to("cpu" if on_cpu else "cuda"), recipe, structure
+
+
+def _check_classes_of(record: Mapping[str, Any], classes: Sequence[str], at: str) -> None:
+    try:
+        check_classes(classes, record["labels"]["classes"])
+    except ValueError as error:
+        raise ValueError(f"{at}: {error}") from None
 
 
 def _network_of(run: str, checkpoint: str = "best") -> tuple[nn.Module, dict[str, Any], Path]:

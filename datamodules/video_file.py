@@ -32,7 +32,8 @@ class VideoFile(LabelledVideo):
     `frames_per_second` takes fewer frames than there are, by their time stamps; None takes all. `first` and `last`,
     both included, count the frames of the file from 0. `resolution` makes frames smaller, areas averaged. Frames are
     turned as the file's rotation says. `timeout` are the seconds after which a camera or address that says nothing is
-    given up. A camera and an address cannot be rewound: `frames(start)` counts on from `start`.
+    given up. A camera and an address cannot be rewound: `frames(start)` counts on from `start`; one that ends
+    before `last` is lost: DataError.
 
     A file that ends before its header says ends there, with a warning; frames that are corrupt are left out, or end the
     stream, by `bad_frames`, see FrameChecks. Not every decoder says that a frame is corrupt. Raises DataError for what
@@ -62,7 +63,7 @@ class VideoFile(LabelledVideo):
         self.shown_as, self.address, self.device = _address(path)
         self.name = "camera" if self.device else "stream" if self.is_live else Path(self.address).stem
         with self._opened() as (_, stream):
-            rate = float(stream.average_rate or stream.guessed_rate or 25)
+            rate = self.own_rate = float(stream.average_rate or stream.guessed_rate or 25)
             in_file = int(stream.frames) or None
         self.frames_per_second = min(rate, self.wanted_rate or rate)
         self.num_frames = None
@@ -86,7 +87,8 @@ class VideoFile(LabelledVideo):
                 index += 1
                 yield Unreadable(index, f"{self.shown_as}: frame {number} {picture}")
                 continue
-            time = picture.time if picture.time is not None else number / self.frames_per_second
+            # Raw H.264 holds no times; its frames then come at the rate that the file has, not at the one asked for.
+            time = picture.time if picture.time is not None else number / self.own_rate
             begun = time if begun is None else begun
             seconds = max(0.0, time - begun)
             if self.wanted_rate is not None:
@@ -135,6 +137,8 @@ class VideoFile(LabelledVideo):
                     number += 1
                     is_corrupt = not isinstance(picture, str) and picture.is_corrupt
                     yield "is damaged" if is_corrupt else picture
+            if self.is_live:
+                raise DataError(f"{self.shown_as}: lost after {number} frames: it ended, and may come back")
             if number < stream.frames:
                 _log.warning("%s: ends after %d of the %d frames it says", self.shown_as, number, stream.frames)
 

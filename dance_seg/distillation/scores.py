@@ -6,6 +6,7 @@ which the teacher's labels, or the ground truth, are known. Scores are points, 0
 
 import copy
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from statistics import median
@@ -18,7 +19,7 @@ from torch import nn
 from dance_seg.consistency import SMALLEST_SIDE, TemporalConsistency
 from dance_seg.cost.macs import count_macs, count_training_macs
 from dance_seg.distillation.accuracy import foreground_of
-from dance_seg.distillation.online import Followed
+from dance_seg.distillation.online import Followed, TeacherError, checked
 from dance_seg.distillation.options import OnlineDistillation
 from dance_seg.distillation.teacher import Teacher
 from dance_seg.metrics import confusion_matrix, mean_of_present, scores
@@ -191,7 +192,8 @@ class StreamScores:
     def costs(self, alone: Mapping[str, float] | None = None) -> dict[str, Any]:
         """What the stream cost so far, for cost.json: measured seconds, MACs, and the cost model beside them.
 
-        `alone` are the seconds of student, teacher and update measured each by itself; the model adds them up.
+        `alone` are the seconds of student, teacher and update measured each by itself; the model adds them up, and
+        takes the median of the stream where one is not there.
         `times_cheaper` compares with the teacher on every frame. What was asked for scores alone is kept apart.
         """
         found: dict[str, Any] = {
@@ -217,9 +219,11 @@ class StreamScores:
             each["teacher"] = self.teacher_macs / self.total.frames / 1e9 if self.total.frames else None
             found["gmacs"] = {**each, "total": sum(self.macs) / 1e9, "teacher_every_frame": self.teacher_macs / 1e9}
         if alone is not None:
-            modelled = sum(self.counts[part] * alone[part] for part in self.counts)
-            every_frame = self.total.frames * alone["teacher"]
-            found["model"] = {"seconds": modelled, "times_cheaper": every_frame / modelled if modelled else None}
+            once = {part: (known or 0.0) / 1000 for part, known in found["milliseconds"].items()} | dict(alone)
+            modelled = sum(self.counts[part] * once[part] for part in self.counts)
+            every_frame = self.total.frames * once["teacher"]
+            is_known = modelled and every_frame  # a teacher that never answered has no time to compare with
+            found["model"] = {"seconds": modelled, "times_cheaper": every_frame / modelled if is_known else None}
         return found
 
     def state_dict(self) -> dict[str, Any]:
@@ -372,20 +376,32 @@ def scored(
     """Each frame of a followed stream with the teacher's labels of it, where known, and its figures.
 
     With a `teacher` (the option `score_every_frame`) it is asked on the frames that it was not asked on before, outside
-    what is timed; a frame on which it then fails is not scored against it. Not for real time, where it would be asked
-    in two threads at once.
+    what is timed; a frame on which it then fails is not scored against it, and the first such is told. Not for real
+    time, where it would be asked in two threads at once. Raises TeacherError after a frame on which it fails where the
+    options say to stop.
     """
+    has_failed = False
     for followed in stream:
+        failure: Exception | None = None
         labels = followed.teaching.labels if followed.teaching is not None and followed.taught is None else None
         seconds = 0.0
         if labels is None and teacher is not None:
             began = time.perf_counter()
             try:
-                labels = teacher(followed.frame).labels
+                labels = checked(teacher(followed.frame), followed.frame, len(scores.classes)).labels
                 seconds = time.perf_counter() - began
-            except Exception:  # a failing teacher is the loop's affair; here it leaves a frame without a score
-                labels = None
+            except Exception as error:  # whatever a teacher may raise
+                failure = error
         yield followed, labels, scores.add(followed, labels, seconds)
+        if failure is None:
+            continue
+        reason = str(failure) or type(failure).__name__
+        said = f"frame {followed.frame.index}: the teacher failed where it was asked for scores alone: {reason}"
+        if scores.options.teacher_failure == "stop":  # not earlier, since the student is done with this frame
+            raise TeacherError(f"{said}; distillation.teacher_failure=skip goes on without it") from failure
+        if not has_failed:
+            warnings.warn(f"{said}; the frame has no score against it, nor have later ones like it", stacklevel=2)
+        has_failed = True
 
 
 def _consistency(found: TemporalConsistency) -> float | None:

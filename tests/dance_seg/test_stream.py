@@ -11,19 +11,27 @@ import torch
 
 import dance_seg.build
 import dance_seg.stream
-from dance_seg.checkpoint import newest_valid
+from dance_seg.build import build_model
+from dance_seg.checkpoint import newest_valid, save_checkpoint
+from dance_seg.distillation.learning import attempt, images_of
 from dance_seg.distillation.online import Followed, TeacherError
 from dance_seg.distillation.state import StreamState
 from dance_seg.distillation.teacher import OracleTeacher, Teaching
 from dance_seg.errors import DataError
+from dance_seg.network_slimming.schedule import NetworkSlimming
+from dance_seg.network_slimming.slim import slim
+from dance_seg.network_slimming.structure import structure_record
 from dance_seg.part import Part
 from dance_seg.predict import load_predictor
 from dance_seg.sample import Frame
-from dance_seg.stream import follow_stream
+from dance_seg.stream import follow_stream, seconds_alone
 from dance_seg.stream_pictures import MOST_EVENTS, SampleFrames
 from dance_seg.teachers import build_student, build_teacher, palette_of, recipe_hash, teacher_recipe, trained
 from datamodules.paced import paced
+from datamodules.scenes import CLASSES
 from datamodules.video import build_source
+from tests.dance_seg.distillation import streams as squares
+from tests.exported import SMALL, small_record
 from tests.streams import FRAMES, rows_of, tiny_stream
 from tests.tiny import tiny
 
@@ -241,13 +249,62 @@ def test_what_was_followed_can_be_predicted_with_and_be_a_student_again(undistur
     labels = predictor(frame.image)
     assert labels.shape == (64, 64)
     recipe = tiny_stream(model=Part("checkpoint", {"run": str(undisturbed)}))
-    student, rebuilt, structure = build_student(recipe, 11)
+    classes = build_source(recipe).classes
+    student, rebuilt, structure = build_student(recipe, classes)
     assert all(
         torch.equal(student.state_dict()[k.removeprefix("model.")], v) for k, v in weights_of(undisturbed).items()
     )
     assert (rebuilt.model.name, structure) == ("jitnet", None)
-    warm, _, _ = build_student(tiny_stream(f"distillation.warm_start={undisturbed}"), 11)
+    warm, _, _ = build_student(tiny_stream(f"distillation.warm_start={undisturbed}"), classes)
     assert torch.equal(warm.stem[0][0].weight, student.stem[0][0].weight)
+
+
+def test_a_student_of_other_classes_is_refused_by_their_names(undisturbed):
+    """As many in another order too; a start of more classes gives all but its last layer."""
+    classes = build_source(tiny_stream()).classes
+    checkpoint = tiny_stream(model=Part("checkpoint", {"run": str(undisturbed)}))
+    warm = tiny_stream(f"distillation.warm_start={undisturbed}")
+    with pytest.raises(ValueError, match=r"^model\.args\.run .*undisturbed.* the same classes in another order"):
+        build_student(checkpoint, classes[::-1])
+    with pytest.raises(ValueError, match=r"^model\.args\.run .* the student alone has"):
+        build_student(checkpoint, classes[:5])
+    with pytest.raises(
+        ValueError, match=r"^distillation\.warm_start .*undisturbed.* the same classes in another order"
+    ):
+        build_student(warm, classes[::-1])
+    assert build_student(warm, classes[:5])[0].num_classes == 5
+
+
+def slimmed_run(folder):
+    """The checkpoint of a network that was cut to about half, of no training."""
+    model = build_model(tiny(*SMALL), len(CLASSES))
+    slim(model, NetworkSlimming(keep=0.5, importance="magnitude"), input_size=(64, 64))
+    state = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    record = {"dance_seg": small_record(), "structure": structure_record(model), "state_dict": state}
+    save_checkpoint(record, folder / "checkpoints" / "best.ckpt")
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["smp", "slimmed"])
+def test_any_network_can_be_the_student_go_on_and_be_loaded_again(tmp_path, kind):
+    slimmed = kind == "slimmed"
+    model = Part("checkpoint", {"run": str(slimmed_run(tmp_path / "other"))}) if slimmed else tiny(*SMALL).model
+    recipe = tiny_stream("data.args.num_frames=6", "data.args.cuts=[]", "distillation.learning_rate=0.001", model=model)
+    first = build_student(recipe, CLASSES)[0].state_dict()
+    follow(recipe, tmp_path / "whole")
+    follow(recipe, tmp_path / "run", stop_after=3)
+    follow(recipe, tmp_path / "run")
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+    learnt = {name.removeprefix("model."): tensor for name, tensor in weights_of(tmp_path / "run").items()}
+    assert {name: tensor.shape for name, tensor in learnt.items()} == {n: tensor.shape for n, tensor in first.items()}
+    assert any(not torch.equal(learnt[name], first[name]) for name in first)
+    again, rebuilt, structure = build_student(
+        tiny_stream(model=Part("checkpoint", {"run": str(tmp_path / "run")})), CLASSES
+    )
+    assert all(torch.equal(tensor, learnt[name]) for name, tensor in again.state_dict().items())
+    assert (rebuilt.model.name, structure is not None) == ("smp", slimmed)
+    assert load_predictor(tmp_path / "run")(np.zeros((64, 64, 3), np.uint8)).shape == (64, 64)
 
 
 def test_a_film_shows_every_frame_and_one_of_a_run_that_goes_on_is_another(tmp_path, undisturbed):
@@ -270,6 +327,31 @@ def test_baselines_run_in_the_same_runner(tmp_path):
     assert found["frozen"]["key_frames"] == found["frozen"]["updates"] == found["hold"]["updates"] == 0
     assert found["hold"]["key_frames"] > 0
     assert found["offline"]["frames_against_teacher"] == FRAMES - round(0.2 * FRAMES)
+
+
+@pytest.mark.parametrize(
+    ("labels", "learning_rate", "measured"),
+    [
+        ("truth", 0.002, {"student", "teacher", "updates"}),
+        ("truth", 1e30, {"student", "teacher"}),  # the weights diverge
+        ("own", 0.002, {"student", "teacher"}),  # nothing to learn
+        ("none", 0.002, {"student"}),
+        ("no class", 0.002, {"student"}),
+    ],
+)
+def test_what_the_last_frame_cannot_tell_of_the_costs_is_left_out(labels, learning_rate, measured):
+    frame = squares.frame_at(0)
+    state = StreamState.start(squares.student(), squares.CLASSES, squares.options(learning_rate=learning_rate))
+
+    def teacher(frame):
+        if labels == "none":
+            raise RuntimeError("out of memory")
+        own = attempt(state.student, images_of(state.student, frame, state.options), squares.SIZE, gradients=False)
+        return Teaching({"truth": frame.label, "own": own.labels, "no class": np.full_like(frame.label, 9)}[labels])
+
+    found = seconds_alone(state, teacher, frame, runs=1)
+    assert found.keys() == measured
+    assert all(value > 0 for value in found.values())
 
 
 def test_in_real_time_what_was_dropped_and_late_is_told(tmp_path):

@@ -86,6 +86,29 @@ def test_fewer_frames_a_second_are_taken_by_their_times(tmp_path, rate, taken) -
     assert [frame.index for frame in source.frames(2)] == list(range(2, len(taken)))
 
 
+def test_of_a_film_without_times_fewer_frames_are_taken_by_its_own_rate(tmp_path) -> None:
+    """Raw H.264: 15 frames at 25 a second are 0.6 seconds, of which six are taken at ten a second."""
+    if "libx264" not in av.codecs_available:
+        pytest.skip("this PyAV cannot write H.264")
+    path = write(tmp_path / "film.h264", moving(15), "libx264", "yuv420p")
+    with av.open(path) as container:
+        assert next(container.decode(video=0)).time is None
+    frames = list(VideoFile(path, frames_per_second=10.0).frames())
+    assert [frame.seconds for frame in frames] == pytest.approx([0.0, 0.12, 0.2, 0.32, 0.4, 0.52])
+
+
+def test_a_live_source_counts_on_and_one_that_ends_is_lost(tmp_path) -> None:
+    """A film in the place of a camera, which has no end but `last`."""
+    source = VideoFile(write(tmp_path / "film.mkv", moving(6)))
+    source.is_live = True
+    found = []
+    with pytest.raises(DataError, match=r"film.mkv: lost after 6 frames"):
+        found.extend(frame.index for frame in source.frames(40))
+    assert found == list(range(40, 46))
+    source.end = 5
+    assert len(list(source.frames())) == 5
+
+
 def test_first_and_last_are_both_included_and_count_the_files_frames(tmp_path) -> None:
     images = moving(9)
     source = VideoFile(write(tmp_path / "film.mp4", images, "mpeg4", "yuv420p"), first=3, last=5)

@@ -15,6 +15,7 @@ threshold goes by the other classes, and so does the mIoU against the teacher; t
 """
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -138,6 +139,14 @@ class Setting(NamedTuple):
     seed: int
 
 
+class AfterCut(NamedTuple):
+    """How a student came through a scene cut."""
+
+    cut: int  # the first frame of the new scene
+    accuracy_before: float  # in [0, 1], before the updates of the first key frame from there on
+    key_frames: int  # until the accuracy after the updates is at the threshold
+
+
 def main() -> int:
     """Train what is needed once, measure, write runs/bench/distill.json and the tables beside it."""
     arguments_parser = parser(__doc__ or "")
@@ -161,23 +170,24 @@ def main() -> int:
     online = rows["online, geometric"]
     low = followed_row(setting, replace(setting.options, threshold=arguments.low_threshold))
     rows[f"online, geometric, threshold {arguments.low_threshold:g}"] = low
+    truth = setting.teacher_row["miou_vs_truth_all"]
     ratios = {
+        "teacher_miou_vs_truth": spread([truth]),
         "cost_ratio": spread([online["times_cheaper_ms"]]),
         "miou_vs_teacher": spread([online["miou_vs_teacher"]]),
         "cost_ratio_low_threshold": spread([low["times_cheaper_ms"]]),
         "miou_vs_teacher_low_threshold": spread([low["miou_vs_teacher"]]),
+        **at_cuts(online["after_cuts"], setting.options.threshold),
     }
     if arguments.root is None:
         ratios |= speed(setting, (96, 128) if quick else SPEED_SIZE, 2 if quick else arguments.runs)
         ratios["stationary_teacher_fraction"] = spread([stationary_teacher_fraction(setting, recipe)])
-    truth = setting.teacher_row["miou_vs_truth_all"]
     notes: dict[str, Any] = {
         "quick": "yes: no result" if quick else "no",
         "threads": torch.get_num_threads(),
         "threshold": setting.options.threshold,
         "low_threshold": arguments.low_threshold,
         "teacher": f"{teacher.name}-{recipe_hash(teacher)}",
-        "teacher_miou_vs_truth": truth,
         **{name: cells(row) for name, row in rows.items()},
     }
     text = markdown(f"{name}, {len(setting.frames)} frames, teacher {truth:.1f} against ground truth", rows)
@@ -229,7 +239,7 @@ def prepared(recipe: Recipe, teacher: Recipe, views: Mapping[str, Any], student_
     options = replace(recipe.distillation, warm_start=str(trained(beginning, TEACHERS, build_datamodule)))
     torch.set_num_threads(threads)
     source = build_source(recipe)
-    student, _, _ = build_student(replace(recipe, distillation=options), len(source.classes))
+    student, _, _ = build_student(replace(recipe, distillation=options), source.classes)
     made = checkpoint_teacher(str(run_of_teacher), **views)
     empty = Setting(source, [], made, student, options, [], {}, recipe.seed)
     return recorded(empty, source)
@@ -279,7 +289,7 @@ def followed_row(
     price = pricing(student, setting.teacher, options)
     whole = StreamScores(setting.teacher.classes, options, price=price, stability=True)
     rest = StreamScores(setting.teacher.classes, options, score_from=first_scored)
-    asked = []
+    asked, lessons = [], []
     stream = follow(
         setting.frames,
         student,
@@ -295,6 +305,8 @@ def followed_row(
             keep.append(followed.prediction)
         if followed.key_frame:
             asked.append(followed.frame.index)
+        if followed.accuracy_before is not None and followed.accuracy_after is not None:
+            lessons.append((followed.frame.index, followed.accuracy_before, followed.accuracy_after))
         whole.add(followed, labels)
         rest.add(followed, labels)
     scores, last, costs = whole.record(), rest.record(), whole.costs()
@@ -318,6 +330,36 @@ def followed_row(
         "stability": scores["stability"]["student"],
         "milliseconds": costs["milliseconds"],
         "asked": asked,
+        "after_cuts": after_cuts([frame.index for frame in setting.frames if frame.cut], lessons, options.threshold),
+    }
+
+
+def after_cuts(cuts: Sequence[int], lessons: Sequence[tuple[int, float, float]], threshold: float) -> list[AfterCut]:
+    """How the student came through each cut, from the key frames' indices and accuracies before and after updates.
+
+    A scene without a key frame is left out; one that ends below the threshold counts one more than it has.
+
+    >>> lessons = [(0, 0.2, 0.9), (12, 0.3, 0.5), (16, 0.5, 0.8), (32, 0.4, 0.6)]
+    >>> [tuple(found) for found in after_cuts([10, 20, 30], lessons, 0.8)]
+    [(10, 0.3, 2), (30, 0.4, 2)]
+    """
+    found = []
+    ends: list[float] = [*cuts[1:], math.inf]
+    for cut, end in zip(cuts, ends, strict=False):
+        scene = [(before, after) for index, before, after in lessons if cut <= index < end]
+        if scene:
+            back = (number for number, (_, after) in enumerate(scene, start=1) if after >= threshold)
+            found.append(AfterCut(cut, scene[0][0], next(back, len(scene) + 1)))
+    return found
+
+
+def at_cuts(found: Sequence[AfterCut], threshold: float) -> dict[str, dict[str, float]]:
+    """The ratios of what became of the cuts; none where no scene after a cut had a key frame."""
+    if not found:
+        return {}
+    return {
+        "accuracy_before_over_threshold_at_cut": spread([each.accuracy_before / threshold for each in found]),
+        "key_frames_to_recover": spread([each.key_frames for each in found]),
     }
 
 
@@ -365,7 +407,7 @@ def markdown(title: str, rows: Mapping[str, Mapping[str, Any]]) -> str:
     """The table of methods, to be read and to be kept.
 
     >>> print(markdown("A stream", {"frozen": {"miou_vs_teacher": 50.0}}).splitlines()[-1])
-    | frozen | 50.0 | – | – | – | – | – | – | – | – |
+    | frozen | 50.0 | – | – | – | – | – | – | – | – | – |
     """
     lines = [f"{title}:", "", f"| method | {' | '.join(COLUMNS)} |", f"|---|{'---:|' * len(COLUMNS)}"]
     lines += [f"| {name} | {' | '.join(cells(row).values())} |" for name, row in rows.items()]

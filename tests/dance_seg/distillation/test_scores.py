@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from dance_seg.distillation.online import Followed, follow
+from dance_seg.distillation.online import Followed, TeacherError, follow
 from dance_seg.distillation.scores import Price, StreamScores, pricing, scored, stream_macs
 from dance_seg.distillation.teacher import Teaching
 from dance_seg.sample import IGNORE, Frame
@@ -115,6 +115,19 @@ def test_the_cost_model_is_the_sum_of_what_each_frame_pays():
     assert stream_macs(10, 1, 0, Price(1, None, 3)) is None
 
 
+def test_the_cost_model_takes_the_streams_medians_of_what_was_not_measured_alone():
+    """17 frames of 1 s, key frames of 5 s and 3 updates of 2 s; a teacher that never answered has no time."""
+    scores = StreamScores(CLASSES, options())
+    for index in range(17):
+        key = index in (0, 16)
+        scores.add(made(index, [0], taught=[0] if key else None, updates=3 * key, seconds=(1, 5 * key, 6 * key)))
+    found = scores.costs(alone={"student": 0.5})["model"]
+    assert found == pytest.approx({"seconds": 17 / 2 + 2 * 5 + 6 * 2, "times_cheaper": 17 * 5 / 30.5})
+    scores = StreamScores(CLASSES, options())
+    scores.add(made(0, [0]))
+    assert scores.costs(alone={"student": 1.0})["model"] == {"seconds": 1.0, "times_cheaper": None}
+
+
 @pytest.mark.parametrize(
     ("method", "macs"),
     [("teacher", 50), ("hold", 50), ("frozen", 1), ("offline", 51), ("online", 51)],
@@ -168,6 +181,31 @@ def test_the_teacher_can_be_asked_on_every_frame_for_scores_alone():
     assert scores.counts["teacher"] == sum(f.key_frame for f, _, _ in found)
     assert scores.judging_seconds > 0
     assert all((labels == f.frame.label).all() for f, labels, _ in found)
+
+
+def mistaken(frame):
+    """A teacher that says a class that does not exist on frames 5 and 6, which are no key frames."""
+    return Teaching(np.full_like(frame.label, 7)) if frame.index in (5, 6) else teacher()(frame)
+
+
+def test_labels_that_are_none_leave_a_frame_unscored_where_they_were_for_scores_alone():
+    scores = StreamScores(CLASSES, options())
+    with pytest.warns(UserWarning, match=r"frame 5: .*scores alone: it says class 7, and there are 3") as told:
+        found = list(scored(follow(stream(10), student(), teacher(), options()), scores, mistaken))
+    assert len(told) == 1
+    assert [f.frame.index for f, labels, _ in found if labels is None] == [5, 6]
+    record = scores.record()
+    assert (record["frames"], record["frames_against_teacher"], record["frames_against_truth"]) == (10, 8, 10)
+
+
+def test_where_a_failing_teacher_stops_the_stream_it_does_so_for_scores_too_after_the_frame():
+    scores = StreamScores(CLASSES, options(teacher_failure="stop"))
+    run = scored(follow(stream(10), student(), teacher(), scores.options), scores, mistaken)
+    followed = []
+    with pytest.raises(TeacherError, match=r"frame 5: .*class 7.*teacher_failure=skip goes on"):
+        followed.extend(f.frame.index for f, _, _ in run)
+    assert followed == list(range(6))
+    assert scores.record()["frames"] == 6
 
 
 def test_stability_follows_neighbours_of_one_scene_only():

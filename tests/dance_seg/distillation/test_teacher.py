@@ -260,6 +260,7 @@ class FakeModel(nn.Module):
         self.layer = nn.Conv2d(3, 3, 1)
 
     def forward(self, pixel_values):
+        self.layer(pixel_values)  # 3 x 3 MACs a pixel
         logits = torch.zeros(1, 3, 2, 2)
         logits[0, 1, :, 0], logits[0, 2, 0, 1], logits[0, 0, 1, 1] = 1, 1, 1
         return types.SimpleNamespace(logits=logits)
@@ -297,6 +298,10 @@ def test_a_hugging_face_model_is_loaded_locally_without_code_and_mapped_to_our_c
     assert given["processor"] == {"local_files_only": True, "trust_remote_code": False}
     found = HuggingFaceTeacher(folder, CLASSES, others="background", device="cpu")(frame_at(0)).labels
     assert set(np.unique(found)) == {0, 1}
+
+
+def test_the_macs_of_a_hugging_face_model_are_those_at_its_processors_size(hugging_face):
+    assert HuggingFaceTeacher(hugging_face[0], CLASSES, others="background", device="cpu").macs(SIZE) == 9 * 8 * 8
 
 
 def test_a_folder_without_safetensors_is_refused(tmp_path):
