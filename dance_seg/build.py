@@ -47,6 +47,7 @@ from dance_seg.network_slimming.structure import restructure
 from dance_seg.part import Part, build_part
 from dance_seg.recipe import Recipe, load_recipe, recipe_from_record, recipe_record, save_recipe, with_execution
 from dance_seg.run_folder import is_main, note, notes, open_folder, run_id
+from dance_seg.signals import signals_as_before
 from dance_seg.supernet.elastic import ElasticBatchNorm2d
 from dance_seg.tracking import GuardedWandbLogger, JsonlLogger, guarded_wandb_logger
 
@@ -287,7 +288,9 @@ def fit(
     """Train. Raises LostRankError, which names the rank, where waiting for another one has failed."""
     end_ranks = getattr(trainer.strategy, "end_ranks", lambda: None)
     try:
-        trainer.fit(module, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
+        # Lightning puts its handlers away before our callback does, which would leave Lightning's in place for good.
+        with signals_as_before():
+            trainer.fit(module, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
     except RuntimeError as error:
         lost = heartbeat.explain(error)
         end_ranks()

@@ -8,6 +8,8 @@ A second signal ends the process at once.
 import os
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -63,6 +65,25 @@ class NotedSignals:
         if self.number:
             os._exit(STATUS[signal.Signals(number)])
         self.number = number
+
+
+@contextmanager
+def signals_as_before() -> Iterator[None]:
+    """On leaving, the signals of STATUS do what they did, whatever handlers were put in place meanwhile.
+
+    >>> with signals_as_before():
+    ...     _ = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    >>> signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+    False
+    """
+    before = {number: signal.getsignal(number) for number in STATUS}
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in before.items():
+                if handler is not None:  # None: put in place by other code than Python's, which cannot be named
+                    signal.signal(number, handler)
 
 
 def signal_of(urgency: int) -> signal.Signals:

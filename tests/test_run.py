@@ -1,6 +1,7 @@
 """A whole run: what it leaves behind, that its figures agree, and that a failing part harms nothing."""
 
 import json
+import signal
 
 import numpy as np
 import pytest
@@ -31,6 +32,10 @@ def test_the_run_folder_holds_what_readers_expect(slimmed):
         assert (folder / name).is_file(), name
     assert "finished" in json.loads((folder / "run.json").read_text())
     assert len(list((folder / "pictures").glob("*_prediction.png"))) == 3
+
+
+def test_a_signal_does_after_training_what_it_did_before(slimmed):
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def test_the_ledger_is_what_the_plan_said(slimmed):

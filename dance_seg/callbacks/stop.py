@@ -33,7 +33,7 @@ class StopOnSignal(Callback):
         self.signals.__enter__()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Signals do again what they did."""
+        """From here on nothing looks at signals that are noted."""
         self.signals.__exit__()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
