@@ -8,15 +8,18 @@ import math
 import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from dance_seg.checkpoint import load_checkpoint, save_checkpoint
 from dance_seg.cost.latency import interleave
+from dance_seg.cost.macs import count_macs
 from dance_seg.early_exit.budget import (
     CurvePoint,
     ExitTable,
@@ -152,6 +155,16 @@ def path_milliseconds(model: ExitNetwork, size: tuple[int, int], rounds: int = R
     heads = [max(0.0, times[name] - whole) for name in with_heads] + [0.0]
     trunk = [max(0.0, times[name] - head) for name, head in zip(ends, heads, strict=True)]
     return PathCosts(tuple(trunk), tuple(heads), "milliseconds")
+
+
+@torch.inference_mode()
+def whole_costs(model: nn.Module, size: tuple[int, int], rounds: int = ROUNDS) -> dict[str, float]:
+    """The MACs and milliseconds of one image of `size` (H, W) by all of any network, counted as those of ways are."""
+    device = next(model.parameters()).device
+    images = torch.zeros(1, 3, *size, device=device).contiguous(memory_format=torch.channels_last)
+    call = partial(getattr(model.eval(), "coarse_logits", model), images)
+    seconds = interleave({"whole": call}, rounds, device=device)["whole"]
+    return {"macs": float(count_macs(model, size).macs), "milliseconds": 1000 * statistics.median(seconds)}
 
 
 def calibrate(

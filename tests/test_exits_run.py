@@ -14,6 +14,7 @@ from dance_seg.build import build_model, load_run, train
 from dance_seg.calibration import (
     calibrate,
     calibrated_policy,
+    curves,
     exits_of_split,
     fixed_exit,
     path_milliseconds,
@@ -34,6 +35,7 @@ from dance_seg.tracking import read_metrics
 from datamodules import build_datamodule
 from tests.dance_seg.early_exit.toy import Toy
 from tests.tiny import tiny
+from tools.calibrate import some_of_each_exit, track
 from tools.evaluate import exits_record
 
 CUTS = (
@@ -174,6 +176,35 @@ def test_smaller_images_cost_less_in_calibration_and_evaluation(trained, network
     assert exits_record(model, taken, calibration.policy, None)["gmacs"] == pytest.approx(np.mean(costs) / 1e9)
 
 
+def test_the_tracker_gets_curve_shares_thresholds_and_pictures(trained, network, monkeypatch):
+    folder, datamodule = trained
+    calibration, found = calibrate(network[0], datamodule, budget=0.7, split="val", policy=ExitPolicy(score="mean"))
+    figures = calibration.as_record() | {"curves": curves(found, calibration.costs, "direct")}
+    shown = some_of_each_exit(network[0], datamodule, calibration)
+    logged, images = [], {}
+
+    class Tracker:
+        def log_metrics(self, metrics, step):
+            logged.append(metrics)
+
+        def log_images(self, key, own, masks, classes, step):
+            images[key] = len(own)
+
+        def finish(self):
+            logged.append("finished")
+
+    monkeypatch.setattr("dance_seg.build.tracker_of", lambda recipe, folder, tag: Tracker())
+    track(None, folder, figures, shown, datamodule.classes)
+    *points, chosen, last = logged
+    assert last == "finished"
+    assert sum("exits/macs/miou" in point for point in points) == len(figures["curves"]["macs"])
+    assert chosen["exits/miou"] == calibration.achieved["miou"]
+    assert [chosen[f"exits/leaving/exit_{exit}"] for exit in (1, 2, 3)] == calibration.achieved["exits"]
+    assert (
+        sum(images.values()) == len(shown) == sum(min(4, round(6 * share)) for share in calibration.achieved["exits"])
+    )
+
+
 class HalfOfEveryOther:
     """An adaptive resolution that halves every second image."""
 
@@ -260,11 +291,18 @@ def test_the_tools_calibrate_evaluate_and_refuse(trained, tmp_path):
         return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
 
     figures = tmp_path / "figures.json"
-    done = call("calibrate", "--budget", "0.7", "--score", "mean", "--json", str(figures))
+    done = call("calibrate", "--budget", "0.7", "--score", "mean", "--json", str(figures), "--beside", str(folder))
     assert done.returncode == 0, done.stderr
     assert "calibrated on val: 6 images" in done.stdout
     assert json.loads(figures.read_text())["achieved"]["macs_share"] <= 0.7
-    assert json.loads((folder / "calibration.json").read_text())["curves"]["macs"]
+    written = json.loads((folder / "calibration.json").read_text())
+    assert written["curves"]["macs"]
+    assert written["epochs"] == 3
+    (beside,) = written["beside"]
+    assert beside["miou"] == pytest.approx(written["achieved"]["miou_of_exits"][-1])
+    assert beside["macs"] == written["costs"]["macs"]["trunk"][-1] + written["costs"]["macs"]["heads"][-1]
+    assert beside["milliseconds"] > 0
+    assert list((folder / "pictures").glob("exit_*.png"))
     done = call("evaluate", "--split", "test", "--json", str(figures))
     assert done.returncode == 0, done.stderr
     assert "left at exit 1" in done.stdout

@@ -7,14 +7,18 @@ do not report.
 
 import argparse
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tools.cli import parser, run, write_json
 from tools.evaluate import SPLITS
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from dance_seg.calibration import Calibration
+    from dance_seg.recipe import Recipe
 
 SCORES = ("confident", "mean", "entropy")
 METHODS = ("direct", "geometric")
@@ -37,6 +41,7 @@ def arguments_parser() -> argparse.ArgumentParser:
     made.add_argument("--score", choices=SCORES, default="confident", help="how sure an exit is; default: confident")
     made.add_argument("--confident-from", metavar="P", type=float, default=0.9, help="of the score confident")
     made.add_argument("--boundary-weight", metavar="W", type=float, default=1.0, help="of pixels at boundaries, 0 to 1")
+    made.add_argument("--beside", metavar="RUN", type=Path, nargs="+", default=[], help="static runs, for the curve")
     return made
 
 
@@ -77,11 +82,17 @@ def main() -> int:
         how=arguments.method,
         policy=policy,
     )
+    figures = calibration.as_record() | {
+        "epochs": epochs_of(arguments.run),
+        "curves": curves(found, calibration.costs, calibration.how),
+        "beside": [static_network(folder, arguments.split) for folder in arguments.beside],
+    }
     write_calibration(path, calibration)
-    figures = as_record(calibration) | {"curves": curves(found, calibration.costs, calibration.how)}
     write_text(arguments.run / "calibration.json", json.dumps(figures, indent=1) + "\n")
-    save_pictures(arguments.run / "pictures", model, datamodule, calibration)
+    shown = some_of_each_exit(model, datamodule, calibration)
+    save_pictures(arguments.run / "pictures", shown, datamodule.label_table.palette)
     write_report(arguments.run)
+    track(recipe, arguments.run, figures, shown, datamodule.classes)
     print(
         f"{path} now stops by these thresholds; evaluate and predict use them, {arguments.run}/report.html shows them"
     )
@@ -90,31 +101,92 @@ def main() -> int:
     return 0
 
 
-def as_record(calibration: "Calibration") -> dict[str, Any]:
-    """The figures as plain data."""
-    return calibration.as_record()
+def epochs_of(folder: Path) -> int:
+    """How many epochs a run has had so far."""
+    from dance_seg.tracking import read_metrics
+
+    return 1 + max((int(row["epoch"]) for row in read_metrics(folder / "metrics.jsonl") if "epoch" in row), default=-1)
 
 
-def save_pictures(folder: Path, model: Any, datamodule: Any, calibration: "Calibration") -> None:
-    """A few images of the split that left at each exit, with what was predicted, for the report."""
+class Shown(NamedTuple):
+    """An image of the split, what was predicted, and where it left."""
+
+    exit: int  # from 0
+    name: str
+    image: "np.ndarray"  # uint8 (H, W, 3)
+    prediction: "np.ndarray"  # uint8 (H, W)
+
+
+def static_network(folder: Path, split: str) -> dict[str, Any]:
+    """What a run's whole network comes to on a split of its own data: mIoU, and the costs of the first image.
+
+    Raises ValueError when there is no such run.
+    """
+    from dance_seg.build import load_run
+    from dance_seg.calibration import whole_costs
+    from dance_seg.inference import evaluate
+    from dance_seg.recipe import recipe_from_record
+    from datamodules import build_datamodule
+
+    model, record, _ = load_run(folder)
+    datamodule = build_datamodule(recipe_from_record(record["recipe"]))
+    images = next(iter(datamodule.evaluation_loader(split))).images
+    costs = whole_costs(model, (images.shape[-2], images.shape[-1]))
+    return {"name": folder.name, "miou": evaluate(model, datamodule, split).miou, **costs}
+
+
+def some_of_each_exit(model: Any, datamodule: Any, calibration: "Calibration") -> list[Shown]:
+    """A few images of the split that left at each exit."""
+    from dance_seg.inference import predictions
+
+    source, counts = datamodule.source(calibration.split), dict.fromkeys(range(model.num_exits), 0)
+    shown = []
+    for index, found in enumerate(predictions(model, datamodule, calibration.split, policy=calibration.policy)):
+        (exit,) = found.exits
+        if counts[exit] < PICTURES:
+            counts[exit] += 1
+            shown.append(Shown(exit, Path(found.name).name, source.load(index).image, found.prediction))
+    return shown
+
+
+def save_pictures(folder: Path, shown: Sequence[Shown], palette: Any) -> None:
+    """The images with what was predicted laid over them, for the report; those of an earlier calibration go."""
     from PIL import Image
 
-    from dance_seg.inference import predictions
     from dance_seg.predict import overlay
 
     for old in folder.glob("exit_*.png"):
         old.unlink()
     folder.mkdir(parents=True, exist_ok=True)
-    source, saved = datamodule.source(calibration.split), dict.fromkeys(range(model.num_exits), 0)
-    for index, found in enumerate(predictions(model, datamodule, calibration.split, policy=calibration.policy)):
-        (exit,) = found.exits
-        if saved[exit] == PICTURES:
-            continue
-        saved[exit] += 1
-        shown = overlay(source.load(index).image, found.prediction, datamodule.label_table.palette)
-        picture = Image.fromarray(shown)
+    for number, one in enumerate(shown):
+        rank = 1 + sum(other.exit == one.exit for other in shown[:number])
+        picture = Image.fromarray(overlay(one.image, one.prediction, palette))
         picture.thumbnail((320, 320))
-        picture.save(folder / f"exit_{exit + 1}_{saved[exit]}_{Path(found.name).name}.png")
+        picture.save(folder / f"exit_{one.exit + 1}_{rank}_{one.name}.png")
+
+
+def track(
+    recipe: "Recipe", folder: Path, figures: Mapping[str, Any], shown: Sequence[Shown], classes: Sequence[str]
+) -> None:
+    """The curve, what leaves where, and the pictures in the tracker, where the run has one."""
+    from dance_seg.build import tracker_of
+
+    logger = tracker_of(recipe, folder, "calibrated")
+    if logger is None:
+        return
+    for unit, points in figures["curves"].items():
+        for step, point in enumerate(points):
+            logger.log_metrics({f"exits/{unit}/{key}": value for key, value in point.items()}, step)
+    achieved, thresholds = figures["achieved"], figures["policy"]["thresholds"]
+    leaving = {f"exits/leaving/exit_{exit}": share for exit, share in enumerate(achieved["exits"], start=1)}
+    asked = {f"exits/threshold/exit_{exit}": one for exit, one in enumerate(thresholds, start=1) if one is not None}
+    chosen = {f"exits/{key}": achieved[key] for key in ("miou", "miou_random", "macs_share", "milliseconds_share")}
+    logger.log_metrics({**leaving, **asked, **chosen}, 0)
+    for exit in sorted({one.exit for one in shown}):
+        own = [one for one in shown if one.exit == exit]
+        masks = {"prediction": [one.prediction for one in own]}
+        logger.log_images(f"exits/exit_{exit + 1}", [one.image for one in own], masks, classes, 0)
+    logger.finish()
 
 
 def print_table(calibration: "Calibration") -> None:

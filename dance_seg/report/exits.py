@@ -23,9 +23,16 @@ def exits(run: Run) -> Section:
         f"same shares score {found.achieved[1]:.2f}. The thresholds were chosen on these images, which flatters; "
         "tools.evaluate scores others."
     )
+    if found.epochs is not None and last_epoch(run) >= found.epochs:
+        note = f"The network was trained on since: calibrate again. {note}"
     blocks: list[Block] = [exits_table(found), exits_bars(found)]
     blocks += [chart for unit in found.curves if (chart := exits_chart(found, unit)).svg]
     return Section("Exits", (*blocks, *leaving_rows(found)), note)
+
+
+def last_epoch(run: Run) -> int:
+    """The last epoch of which there are figures, from 0; -1 without any."""
+    return max((int(row["epoch"]) for row in run.rows if "epoch" in row), default=-1)
 
 
 def exits_table(found: Exits) -> Table:
@@ -62,6 +69,7 @@ def exits_chart(found: Exits, unit: str) -> Chart:
         Mark(cost / factor, miou, f"exit {exit}", hollow=True)
         for exit, (cost, miou) in enumerate(zip(found.costs[unit], found.mious, strict=True), start=1)
     ]
+    marks += [Mark(one.costs[unit] / factor, one.miou, one.name, series=2) for one in found.beside]
     drawing = line_chart(
         lines,
         title=f"mIoU against {name}",
@@ -69,8 +77,10 @@ def exits_chart(found: Exits, unit: str) -> Chart:
         y_label="mIoU",
         marks=[*marks, Mark(found.spent[unit] / factor, found.achieved[0], "chosen")],
     )
-    keys = (Key("by thresholds", "series-0"), Key("by chance", "series-1"))
-    return Chart(f"mIoU against {name}", drawing, keys=keys)
+    keys = [Key("by thresholds", "series-0"), Key("by chance", "series-1")]
+    if found.beside:
+        keys.append(Key("networks that never stop", "series-2"))
+    return Chart(f"mIoU against {name}", drawing, keys=tuple(keys))
 
 
 def leaving_rows(found: Exits) -> tuple[Panels, ...]:

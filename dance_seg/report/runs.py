@@ -128,6 +128,14 @@ class ImageLosses:
     by_name: Mapping[str, float]
 
 
+class StaticNetwork(NamedTuple):
+    """A network that never stops, beside one with exits."""
+
+    name: str
+    miou: float  # points
+    costs: Mapping[str, float]  # by unit
+
+
 class Leaving(NamedTuple):
     """A picture of an image that left at an exit, its predicted labels laid over it."""
 
@@ -152,6 +160,8 @@ class Exits:
     unit: str
     split: str
     images: int
+    beside: tuple[StaticNetwork, ...] = ()
+    epochs: int | None = None  # that the run had when it was calibrated
     leaving: tuple[Leaving, ...] = ()
 
 
@@ -479,6 +489,13 @@ def _read_exits(path: Path, pictures: Path) -> Exits | None:
             unit=str(record["unit"]),
             split=str(record["split"]),
             images=int(achieved["images"]),
+            beside=tuple(
+                StaticNetwork(
+                    str(one["name"]), _finite(one["miou"]), {unit: _finite(one[unit]) for unit in record["costs"]}
+                )
+                for one in record.get("beside", ())
+            ),
+            epochs=None if record.get("epochs") is None else int(record["epochs"]),
             leaving=_leaving(pictures),
         )
     except _DAMAGED as error:

@@ -3,7 +3,8 @@
 Trains what is not there yet, as `four_rows` does: RANet and BasisNet, and static twins of each. BasisNet's is its
 specialist without bases, at several resolutions; RANet's is the network with the last exit alone, at two, and the way
 to each earlier exit, trained for that exit alone: RANet is many small layers, of which half the milliseconds remain at
-any resolution. Thresholds are chosen on one split, by the score of best mIoU there, and all is reported on another. A
+any resolution. Beside BasisNet stands also an ensemble of full twins with about as many parameters.
+Thresholds are chosen on one split, by the score of best mIoU there, and all is reported on another. A
 twin of just as many milliseconds rarely exists, so it is read off the upper hull of them: any point on a line between
 two is had by sending images to one or the other by lot. Drawn scenes; with --root CamVid, thresholds on val and scores
 on the drive held out.
@@ -17,9 +18,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import combinations
+from itertools import combinations, pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 from dance_seg.cost.latency import interleave
 from tools.bench.common import ratio, seconds, spread, write_result
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
 
 MODELS = ("ranet", "basisnet")
 BUDGET = 0.5  # of what the whole network costs, in MACs and in milliseconds
+SWEEP = (0.1, 0.25, 0.4, 0.55, 0.7, 0.85)  # of the way from the first exit's cost to the last's: the curve's budgets
+BOUNDARY_WEIGHTS = (1.0, 0.25)  # of pixels at predicted boundaries, in each score
 FAINT = 1e-9  # the weight of a last exit that must count and should not
 ON_SHAPES = ("tracking.wandb=disabled",)
 ON_CAMVID = (
@@ -50,17 +53,23 @@ ON_CAMVID = (
 )
 MEASURED_ON = ("data.args.num_val=160", "data.args.num_test=160")  # a share of 40 scenes is known to 8 points only
 BATCHES = (1, 8)
+SYNTHESES: tuple[Literal["grouped", "auto"], ...] = ("grouped", "auto")
 SPEED_IMAGES = 40
 SPEED_ROUNDS = 8
 RANDOM_DRAWS = 20
-SIZES = ((64, 48, 64), (128, 24, 32), (256, 24, 30), (256, 12, 15))  # channels, rows and columns of a basis layer
+# Channels, rows and columns of layers, the last two those of BasisNet's default encoder for 360x480.
+SIZES = ((64, 48, 64), (128, 24, 32), (256, 24, 30), (512, 12, 15))
 
 
 class Twin(NamedTuple):
-    """A static network: at a share of the resolution, and the way to which exit of RANet it is where not the last."""
+    """A static network: at a share of the resolution, and the way to which exit of RANet it is where not the last.
+
+    `copy` counts further runs of the same network, each with a seed of its own, for an ensemble.
+    """
 
     scale: float = 1.0
     exit: int | None = None
+    copy: int = 0
 
     @property
     def row(self) -> str:
@@ -72,7 +81,8 @@ class Twin(NamedTuple):
     @property
     def name(self) -> str:
         """What its runs are called."""
-        return f"twin_{100 * self.scale:.0f}" if self.exit is None else f"twin_exit_{self.exit + 1}"
+        name = f"twin_{100 * self.scale:.0f}" if self.exit is None else f"twin_exit_{self.exit + 1}"
+        return f"{name}_copy_{self.copy}" if self.copy else name
 
 
 # Of a scene, the resolutions are 1, 2/3, 2/5 and 3/10 of the padded pixels.
@@ -80,6 +90,9 @@ TWINS = {
     "ranet": (Twin(), Twin(0.6667), Twin(exit=1), Twin(exit=0)),
     "basisnet": (Twin(), Twin(0.8333), Twin(0.6667), Twin(0.5)),
 }
+
+
+COPIES = {"ranet": 0, "basisnet": 3}  # with the twin about as many parameters as BasisNet of four bases has
 
 
 class Setting(NamedTuple):
@@ -163,11 +176,12 @@ def trained_runs(model: str, seed: int, setting: Setting) -> dict[Twin | None, P
     record = recipe_record(load_recipe(path, overrides))
     folders: dict[Twin | None, Path] = {None: trained(model, path, seed, overrides, setting.runs).folder}
     single = str(write_twin(record, setting.runs / "recipes" / f"{model}_twin.yaml"))
-    for twin in TWINS[model]:
+    for twin in (*TWINS[model], *(Twin(copy=copy) for copy in range(1, COPIES[model] + 1))):
         name = f"{model}_{twin.name}"
         if twin.exit is None:
             smaller = [*setting.common, *at_scale(record["data"]["args"], twin.scale)]
-            folders[twin] = trained(name, single, seed, smaller, setting.runs).folder
+            own_seed = seed + 1000 * twin.copy
+            folders[twin] = trained(name, single, own_seed, smaller, setting.runs).folder
         else:
             alone = [*overrides, *for_exit(twin.exit, len(record["early_exit"]["weights"]))]
             folders[twin] = trained(name, path, seed, alone, setting.runs).folder
@@ -224,10 +238,42 @@ def measured_runs(folders: Sequence[Mapping[Twin | None, Path]], setting: Settin
     found = []
     for of_seed in folders:
         exits, data = loaded(of_seed[None], setting.measured_on)
-        twins = {twin: loaded(of_seed[twin], setting.measured_on, twin.exit) for twin in of_seed if twin is not None}
+        every = {twin: loaded(of_seed[twin], setting.measured_on, twin.exit) for twin in of_seed if twin is not None}
+        twins = {twin: network for twin, network in every.items() if not twin.copy}
         milliseconds = milliseconds or all_milliseconds((exits, data), twins, setting.test)
-        found.append(measured((exits, data), twins, *milliseconds, setting))
+        one = measured((exits, data), twins, *milliseconds, setting)
+        members = [network[0] for twin, network in every.items() if twin._replace(copy=0) == Twin()]
+        if len(members) > 1:
+            of_ensemble(one, (exits, data), members, milliseconds[1][Twin()], setting.test)
+        found.append(one)
     return found
+
+
+def of_ensemble(
+    found: Measured, exits: Network, members: Sequence["nn.Module"], milliseconds: float, split: str
+) -> None:
+    """Add the line of an ensemble, whose members take so many milliseconds each, and how large it is."""
+    row = f"ensemble of {len(members)} full twins"
+    found.rows[row] = static_figures(mean_of(members), exits[1], split, len(members) * milliseconds)
+    found.ratios["miou_last_minus_ensemble"] = [found.rows[exit_row(1)].miou - found.rows[row].miou]
+    own, theirs = (sum(p.numel() for model in models for p in model.parameters()) for models in ([exits[0]], members))
+    found.ratios["parameters_over_ensemble"] = [own / theirs]
+
+
+def mean_of(members: Sequence["nn.Module"]) -> "nn.Module":
+    """A network whose probabilities are the mean of the members'."""
+    import torch
+    from torch import nn
+
+    class Mean(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.members = nn.ModuleList(members)
+
+        def forward(self, images: "Tensor") -> "Tensor":
+            return torch.stack([member(images).softmax(1) for member in self.members]).mean(0).log()
+
+    return Mean()
 
 
 def loaded(folder: Path, overrides: Sequence[str], exit: int | None = None) -> Network:
@@ -294,7 +340,7 @@ def all_milliseconds(
     images = first_images(*exits, split, 1)[0][0]
     with torch.inference_mode():
         costs = path_milliseconds(exits[0], (images.shape[-2], images.shape[-1]), rounds)
-        times = interleave(sides, rounds, warm_up=3)
+        times = interleave(sides, rounds, warm_up=3, device=images.device)
     return costs, {twin: costs.full * ratio(times[twin.row], times["whole"])["median"] for twin in twins}
 
 
@@ -319,7 +365,9 @@ def measured(
     policy = found.notes.pop("policies")["milliseconds"]
     found.ratios.update(speeds(model, data, setting.test, policy, costs))
     found.notes["policy"] = policy.as_record()
-    found.notes.update(proofs(model, data, setting.test))
+    figures, said = proofs(model, data, setting.test)
+    found.ratios.update({key: [value] for key, value in figures.items()})
+    found.notes.update(said)
     return found
 
 
@@ -329,31 +377,55 @@ def stopping(
     """The lines of all exits alone, of stopping within both budgets and of random exits; budgets met, who left."""
     from dance_seg.early_exit.paths import path_costs
 
-    on_calibration, on_test = by_score(model, data, calibration), by_score(model, data, test)
+    on_calibration, on_test = by_policy(model, data, calibration), by_policy(model, data, test)
     some = next(iter(on_test.values()))
     costs = Costs(path_costs(model, some.size), milliseconds)
     rows = exit_figures(some, costs)
-    ratios: dict[str, list[float]] = {}
+    mious = [row.miou for row in rows.values()]
+    ratios = {
+        f"miou_exit_{k}_minus_exit_{k - 1}": [later - earlier]
+        for k, (earlier, later) in enumerate(pairwise(mious), start=2)
+    }
     policies: dict[str, ExitPolicy] = {}
     notes: dict[str, Any] = {"policies": policies, "mious_of_exits": [round(row.miou, 2) for row in rows.values()]}
     for unit, cost in costs._asdict().items():
         policy = chosen(on_calibration, cost, BUDGET * cost.full)
-        rows[adaptive_row(unit)] = figures_of(on_test[policy.score], policy, costs)
+        rows[adaptive_row(unit)] = figures_of(on_test[unset(policy)], policy, costs)
         policies[unit] = policy
-        spent = [average(found[policy.score], policy, cost) for found in (on_calibration, on_test)]
+        spent = [average(found[unset(policy)], policy, cost) for found in (on_calibration, on_test)]
         errors = [one / (BUDGET * cost.full) - 1 for one in spent]
         notes[f"spent_over_budget_{unit}"] = [round(1 + error, 3) for error in errors]
         if unit == "macs":
             ratios["budget_error_calibration"], ratios["budget_error_test"] = ([abs(error)] for error in errors)
     policy = policies["milliseconds"]
-    adaptive, table = rows[adaptive_row("milliseconds")], on_test[policy.score].table(milliseconds)
+    adaptive, table = rows[adaptive_row("milliseconds")], on_test[unset(policy)].table(milliseconds)
     shares = shares_at(table, policy)
     same, equal = random_miou(table, shares), random_miou(table, shares_of_cost(table, shares, adaptive.milliseconds))
     rows["random exits, as many ms"] = adaptive._replace(miou=equal, gmacs=math.nan)
     ratios["miou_minus_random"] = [adaptive.miou - equal]
     ratios["miou_minus_random_of_equal_shares"] = [adaptive.miou - same]
     notes["leaving"] = [round(share, 3) for share in shares]
-    return Measured(rows, ratios, notes | orders(on_test[policy.score], policy, data, test)), costs
+    curve = swept(on_calibration, on_test, milliseconds)
+    ratios["miou_minus_random_on_the_curve"] = [own - by_chance for _, own, by_chance in curve]
+    notes["curve"] = [[round(figure, 3) for figure in point] for point in curve]  # ms, mIoU, at random exits
+    ratios |= {key: [rank] for key, rank in orders(on_test[unset(policy)], policy, data, test).items()}
+    return Measured(rows, ratios, notes), costs
+
+
+def swept(
+    on_calibration: "Mapping[ExitPolicy, ExitsOfSplit]",
+    on_test: "Mapping[ExitPolicy, ExitsOfSplit]",
+    cost: "PathCosts",
+) -> list[tuple[float, float, float]]:
+    """The test split at thresholds for several budgets: average cost, mIoU, and that of random exits of equal cost."""
+    points = []
+    for share in SWEEP:
+        policy = chosen(on_calibration, cost, cost.cheapest + share * (cost.full - cost.cheapest))
+        found = on_test[unset(policy)]
+        table, spent = found.table(cost), average(found, policy, cost)
+        shares = shares_of_cost(table, shares_at(table, policy), spent)
+        points.append((spent, figures_of(found, policy, Costs(cost, cost)).miou, random_miou(table, shares)))
+    return points
 
 
 def exit_row(exit: int) -> str:
@@ -366,25 +438,29 @@ def adaptive_row(unit: str) -> str:
     return f"adaptive, {BUDGET:g} of the {'MACs' if unit == 'macs' else 'ms'}"
 
 
-def by_score(model: "ExitNetwork", data: "SegmentationDataModule", split: str) -> dict[str, "ExitsOfSplit"]:
-    """What every exit says of a split, by each score."""
+def by_policy(model: "ExitNetwork", data: "SegmentationDataModule", split: str) -> "dict[ExitPolicy, ExitsOfSplit]":
+    """What every exit says of a split, by each score and weight of boundaries; thresholds are not set."""
     from dance_seg.calibration import exits_of_split
     from dance_seg.early_exit.policy import ExitPolicy, Score
 
-    return {score: exits_of_split(model, data, split, ExitPolicy(score=score)) for score in get_args(Score)}
+    policies = [ExitPolicy(score=score, boundary_weight=w) for score in get_args(Score) for w in BOUNDARY_WEIGHTS]
+    return {policy: exits_of_split(model, data, split, policy) for policy in policies}
 
 
-def chosen(found: Mapping[str, "ExitsOfSplit"], costs: "PathCosts", budget: float) -> "ExitPolicy":
+def unset(policy: "ExitPolicy") -> "ExitPolicy":
+    """The same without thresholds."""
+    return replace(policy, thresholds=())
+
+
+def chosen(found: "Mapping[ExitPolicy, ExitsOfSplit]", costs: "PathCosts", budget: float) -> "ExitPolicy":
     """Thresholds within a budget, in the costs' unit, by the score with which they are worth most on this split."""
     from dance_seg.early_exit.budget import at_thresholds, solve
-    from dance_seg.early_exit.policy import ExitPolicy
 
     judged = []
-    for score, of_split in found.items():
+    for policy, of_split in found.items():
         table = of_split.table(costs)
         thresholds = solve(table, budget, spend=0.97)  # of the budget, as tools.calibrate does
-        policy = ExitPolicy(score=score, thresholds=thresholds)  # type: ignore[arg-type]
-        judged.append((at_thresholds(table, thresholds).miou, policy))
+        judged.append((at_thresholds(table, thresholds).miou, replace(policy, thresholds=thresholds)))
     return max(judged, key=lambda pair: pair[0])[1]
 
 
@@ -467,10 +543,11 @@ def static_of_equal_milliseconds(twins: Sequence[Figures], milliseconds: float) 
     return max(points, key=lambda point: point.miou)
 
 
-def orders(
-    found: "ExitsOfSplit", policy: "ExitPolicy", data: "SegmentationDataModule", split: str
-) -> dict[str, float | None]:
-    """Whether what left late is what is hard: rank correlations of the exit taken, by image (METHODS.md 3.5)."""
+def orders(found: "ExitsOfSplit", policy: "ExitPolicy", data: "SegmentationDataModule", split: str) -> dict[str, float]:
+    """Whether what left late is what is hard: rank correlations of the exit taken, by image (METHODS.md 3.5).
+
+    There is none where all images left at the same exit.
+    """
     import numpy as np
 
     from dance_seg.data_slimming.complexity import label_boundary_density
@@ -483,10 +560,11 @@ def orders(
     errors = 1 - np.trace(first, axis1=1, axis2=2) / labelled
     source = data.source(split)
     boundaries = np.array([label_boundary_density(source.load(index).label) for index in range(len(source))])
-    return {
+    ranks = {
         "spearman_exit_and_error_of_exit_1": spearman(exits, errors),
         "spearman_exit_and_boundary_density": spearman(exits, boundaries),
     }
+    return {key: rank for key, rank in ranks.items() if rank is not None}
 
 
 def uniform_costs(found: "ExitsOfSplit") -> "PathCosts":
@@ -541,10 +619,16 @@ def speeds(
             groups = in_batches(images, batch)
             exits = exits_taken(model, groups, size, policy)
             check_parts(model, groups, size, policy, exits)
+            found[f"executed_over_path_macs_batch_{batch}"] = [
+                executed_macs(model, groups, size, policy) / sum(costs.macs.total(e, policy.asked) for e in exits)
+            ]
             check_limits(model, groups, size, policy)
             times = in_turns(sides_of(model, images, size, policy, batch, exits), rounds)
             share = statistics.mean(costs.macs.total(exit, policy.asked) for exit in exits) / costs.macs.full
             found[f"time_over_measured_path_batch_{batch}"] = quotients(times["adaptive"], times["paths"])
+            found[f"time_over_plain_batch_{batch}"] = quotients(times["adaptive"], times["plain"])
+            for side in ("adaptive", "plain"):
+                found[f"{side}_ms_batch_{batch}"] = [1000 * time / len(images) for time in times[side]]
             found[f"time_share_over_macs_share_batch_{batch}"] = [
                 time / share for time in quotients(times["adaptive"], times["plain"])
             ]
@@ -659,8 +743,20 @@ def exits_taken(
     return [int(exit) for group in groups for exit in decide(model, group, size, policy).exits]
 
 
+def executed_macs(model: "ExitNetwork", groups: Sequence["Tensor"], size: tuple[int, int], policy: "ExitPolicy") -> int:
+    """The MACs that run while images stop, counted operation by operation."""
+    from dance_seg.cost.macs import OperationCounter
+
+    with OperationCounter() as counter:
+        exits_taken(model, groups, size, policy)
+    return counter.macs["forward"].total()
+
+
 def grouped_synthesis(rounds: int = 30, sizes: Sequence[tuple[int, int, int]] = SIZES) -> dict[str, list[float]]:
-    """A basis layer of eight kernels over a plain convolution of its size, batch of eight, in both layouts."""
+    """A basis layer of eight kernels over a plain convolution of its size, batch of eight, in both layouts.
+
+    As one grouped convolution, and in the way that the layer takes of itself (`auto`), where that is another.
+    """
     import torch
     from torch import nn
 
@@ -671,12 +767,17 @@ def grouped_synthesis(rounds: int = 30, sizes: Sequence[tuple[int, int, int]] = 
         for layout, memory in (("", torch.contiguous_format), ("_channels_last", torch.channels_last)):
             torch.manual_seed(0)
             plain = nn.Conv2d(channels, channels, 3, padding=1, bias=False).eval()
-            layer = BasisConv2d(plain, 8).eval()
+            layers = {way: BasisConv2d(plain, 8, synthesis=way).eval() for way in SYNTHESES}
             plain = plain.to(memory_format=memory)  # type: ignore[call-overload]
             features = torch.randn(8, channels, rows, columns).contiguous(memory_format=memory)
-            with torch.inference_mode(), handed([layer], torch.rand(8, 1, 8).softmax(-1)):
-                times = interleave({"basis": partial(layer, features), "plain": partial(plain, features)}, rounds, 5)
-            found[f"{channels}_at_{rows}x{columns}{layout}"] = quotients(times["basis"], times["plain"])
+            with torch.inference_mode(), handed(list(layers.values()), torch.rand(8, len(layers), 8).softmax(-1)):
+                sides: dict[str, Callable[[], object]] = {
+                    way: partial(layer, features) for way, layer in layers.items()
+                }
+                times = interleave({**sides, "plain": partial(plain, features)}, rounds, 5)
+            for way in SYNTHESES:
+                key = f"{way}_synthesis_over_plain/{channels}_at_{rows}x{columns}{layout}"
+                found[key] = quotients(times[way], times["plain"])
     return found
 
 
@@ -776,17 +877,21 @@ def parts_of(model: Any) -> list["nn.Module"]:
     return []
 
 
-def proofs(model: Any, data: "SegmentationDataModule", split: str) -> dict[str, Any]:
+Proofs = tuple[dict[str, float], dict[str, Any]]
+"""Figures, and what else was seen."""
+
+
+def proofs(model: Any, data: "SegmentationDataModule", split: str) -> Proofs:
     """What METHODS.md 3.5 and 4.5 ask of a trained RANet or BasisNet."""
     from dance_seg.models.basisnet import BasisNet
     from dance_seg.models.ranet import RANet
 
     if isinstance(model, RANet):
         return ranet_proofs(model, data, split)
-    return basisnet_proofs(model, data, split) if isinstance(model, BasisNet) else {}
+    return basisnet_proofs(model, data, split) if isinstance(model, BasisNet) else ({}, {})
 
 
-def ranet_proofs(model: Any, data: "SegmentationDataModule", split: str) -> dict[str, Any]:
+def ranet_proofs(model: Any, data: "SegmentationDataModule", split: str) -> Proofs:
     """By how many points each exit falls when the features of the coarser sub-network are zeroed."""
     from dance_seg.calibration import exits_of_split
     from dance_seg.early_exit.policy import ExitPolicy
@@ -794,8 +899,8 @@ def ranet_proofs(model: Any, data: "SegmentationDataModule", split: str) -> dict
     whole = exit_mious(exits_of_split(model, data, split, ExitPolicy()))
     with coarse_features_zeroed(model):
         without = exit_mious(exits_of_split(model, data, split, ExitPolicy()))
-    drops = [round(a - b, 2) for a, b in zip(whole, without, strict=True)]
-    return {"drop_without_coarse_features": drops}
+    pairs = list(zip(whole, without, strict=True))[1:]  # the first sub-network has nothing coarser
+    return {f"drop_without_coarse_features_exit_{k}": a - b for k, (a, b) in enumerate(pairs, start=2)}, {}
 
 
 def exit_mious(found: "ExitsOfSplit") -> list[float]:
@@ -829,7 +934,7 @@ def coarse_features_zeroed(model: "nn.Module") -> Iterator[None]:
             hook.remove()
 
 
-def basisnet_proofs(model: Any, data: "SegmentationDataModule", split: str) -> dict[str, Any]:
+def basisnet_proofs(model: Any, data: "SegmentationDataModule", split: str) -> Proofs:
     """What coefficients are worth: the specialist's fall with those of others or of nobody; and how they are used."""
     import torch
 
@@ -845,8 +950,8 @@ def basisnet_proofs(model: Any, data: "SegmentationDataModule", split: str) -> d
         uniform = evaluate(model, data, split).miou
     with coefficients_replaced(model, lambda own: next(shuffled)):
         others = evaluate(model, data, split).miou
-    drops = {"drop_with_shuffled_alpha": round(whole - others, 2), "drop_with_uniform_alpha": round(whole - uniform, 2)}
-    return drops | use_of_bases(alphas)
+    figures, said = use_of_bases(alphas)
+    return {"drop_with_shuffled_alpha": whole - others, "drop_with_uniform_alpha": whole - uniform} | figures, said
 
 
 @contextmanager
@@ -859,24 +964,18 @@ def coefficients_replaced(model: Any, given: "Callable[[Tensor], Tensor]") -> It
         hook.remove()
 
 
-def use_of_bases(alphas: "Tensor") -> dict[str, Any]:
-    """How coefficients (n, L, N) are spread: their entropy beside its limit, and who leads for how many images.
-
-    >>> import torch
-    >>> use_of_bases(torch.tensor([[[1.0, 0.0]], [[1.0, 0.0]]]))["images_led_by_each_basis"]
-    [1.0, 0.0]
-    """
+def use_of_bases(alphas: "Tensor") -> Proofs:
+    """How coefficients (n, L, N) are spread: their entropy over its limit, and who leads for how many images."""
     import torch
 
     bases = alphas.shape[-1]
     entropy = torch.special.entr(alphas.double()).sum(-1).mean().item()
     leads = torch.nn.functional.one_hot(alphas.argmax(-1), bases).double().mean(0)  # (L, N): share of images
-    return {
-        "entropy_of_alpha": round(entropy, 3),
-        "log_of_bases": round(math.log(bases), 3),
-        "images_led_by_each_basis": [round(share, 3) for share in leads.mean(0).tolist()],  # mean over layers
-        "bases_leading_below_1_percent": f"{int((leads < 0.01).sum())} of {leads.numel()} (layer, basis)",
+    figures = {
+        "entropy_of_alpha_over_limit": entropy / math.log(bases),
+        "share_of_bases_leading_below_1_percent": (leads < 0.01).double().mean().item(),  # of (layer, basis)
     }
+    return figures, {"images_led_by_each_basis": [round(share, 3) for share in leads.mean(0).tolist()]}  # over layers
 
 
 # Reporting ------------------------------------------------------------------------------------------------------------
@@ -892,10 +991,10 @@ def report(
     ratios: dict[str, dict[str, float]] = {}
     notes: dict[str, Any] = {"data": setting.data, "calibrated_on": setting.calibration, "scored_on": setting.test}
     for model, of_seeds in measured.items():
-        for key in of_seeds[0].ratios:
-            ratios[f"{key}/{model}"] = spread([value for one in of_seeds for value in one.ratios[key]])
+        for key in dict.fromkeys(key for one in of_seeds for key in one.ratios):
+            ratios[f"{key}/{model}"] = spread([value for one in of_seeds for value in one.ratios.get(key, ())])
         notes[model] = {"rows": lines_of(of_seeds), "seeds": [one.notes for one in of_seeds], "runs": runs[model]}
-    ratios |= {f"grouped_synthesis_over_plain/{size}": spread(values) for size, values in synthesis.items()}
+    ratios |= {key: spread(values) for key, values in synthesis.items()}
     seeds = len(next(iter(measured.values())))
     name = "adaptive" if setting.data == "shapes" else f"adaptive_{setting.data}"
     write_result(name, seeds, ratios, notes)

@@ -59,7 +59,7 @@ def toy():
 @pytest.fixture
 def some_stay(toy):
     """Thresholds by which a third of the images leaves at each exit."""
-    found = adaptive.by_score(toy, FewImages(), "val")["mean"]
+    found = adaptive.by_policy(toy, FewImages(), "val")[ExitPolicy(score="mean")]
     first = float(np.sort(found.scores[:, 0])[-4])
     rest = np.sort(found.scores[found.scores[:, 0] < first, 1])
     return ExitPolicy(score="mean", thresholds=(first, float(rest[-4])))
@@ -79,8 +79,9 @@ def test_the_score_that_knows_which_images_are_easy_is_chosen():
     blind = split_of([[0.1, 0], [0.2, 0], [0.8, 0], [0.9, 0]], right)
     knows = split_of([[0.9, 0], [0.8, 0], [0.2, 0], [0.1, 0]], right)
     costs = PathCosts((1.0, 3.0), (0.0, 0.0))
-    policy = adaptive.chosen({"confident": blind, "entropy": knows}, costs, budget=2.0)
-    assert policy.score == "entropy"
+    weighted = ExitPolicy(score="entropy", boundary_weight=0.25)
+    policy = adaptive.chosen({ExitPolicy(): blind, weighted: knows}, costs, budget=2.0)
+    assert adaptive.unset(policy) == weighted
     assert at_thresholds(knows.table(costs), policy.thresholds).miou == 100
     assert at_thresholds(knows.table(costs), policy.thresholds).average_cost == 2.0
 
@@ -131,6 +132,12 @@ def test_the_table_of_a_toy_has_every_line_and_its_figures(toy, monkeypatch):
     assert found.ratios["budget_error_calibration"] == found.ratios["budget_error_test"]  # the same images here
     assert found.ratios["miou_minus_random"] == [within.miou - found.rows["random exits, as many ms"].miou]
     assert sum(found.notes["leaving"]) == pytest.approx(1, abs=2e-3)
+    mious = [row.miou for row in found.rows.values()]
+    assert found.ratios["miou_exit_2_minus_exit_1"] == [mious[1] - mious[0]]
+    spent = [point[0] for point in found.notes["curve"]]
+    assert len(spent) == len(found.ratios["miou_minus_random_on_the_curve"]) == len(adaptive.SWEEP)
+    assert spent == sorted(spent)
+    assert 1.1 <= spent[0] < spent[-1] <= 4.1
 
 
 # Time -----------------------------------------------------------------------------------------------------------------
@@ -200,18 +207,40 @@ def test_a_network_that_says_something_else_when_it_may_stop_is_found_out(toy, s
 def test_speed_has_a_figure_for_each_round(toy, some_stay):
     costs = Costs(path_costs(toy, SIZE), PathCosts((1, 2, 4), (0, 0, 0)))
     found = adaptive.speeds(toy, FewImages(), "test", some_stay, costs, rounds=2)
+    each = ("time_over_measured_path", "time_over_plain", "adaptive_ms", "plain_ms", "time_share_over_macs_share")
     assert {key: len(values) for key, values in found.items()} == {
         "infinite_threshold_over_plain": 4,
-        "time_over_measured_path_batch_1": 2,
-        "time_share_over_macs_share_batch_1": 2,
-        "time_over_measured_path_batch_8": 2,
-        "time_share_over_macs_share_batch_8": 2,
+        **{f"{name}_batch_{batch}": 2 for batch in (1, 8) for name in each},
+        **{f"executed_over_path_macs_batch_{batch}": 1 for batch in (1, 8)},
     }
+    # The ways resize logits to full size, and labels are made without.
+    assert 0.5 < found["executed_over_path_macs_batch_8"][0] <= 1
 
 
 def test_a_basis_layer_is_measured_in_both_layouts():
     found = adaptive.grouped_synthesis(rounds=2, sizes=[(8, 4, 6)])
-    assert {key: len(values) for key, values in found.items()} == {"8_at_4x6": 2, "8_at_4x6_channels_last": 2}
+    keys = [f"{way}_synthesis_over_plain/8_at_4x6" for way in ("grouped", "auto")]
+    keys += [f"{key}_channels_last" for key in keys]
+    assert {key: len(values) for key, values in found.items()} == dict.fromkeys(keys, 2)
+
+
+@torch.no_grad()
+def test_an_ensemble_says_the_mean_of_its_members_probabilities():
+    members = [torch.nn.Conv2d(3, CLASSES, 1) for _ in range(2)]
+    images = torch.randn(2, 3, 4, 6)
+    said = adaptive.mean_of(members)(images).softmax(1)
+    assert torch.allclose(said, (members[0](images).softmax(1) + members[1](images).softmax(1)) / 2, atol=1e-6)
+
+
+def test_an_ensemble_costs_as_much_as_its_members(toy):
+    found = Measured({"exit 2 alone": Figures(50, 1, 4)}, {})
+    members = [adaptive.way_to(Toy(light=True).eval(), 2) for _ in range(3)]
+    adaptive.of_ensemble(found, (toy, FewImages()), members, 2.0, "test")
+    row = found.rows["ensemble of 3 full twins"]
+    assert row.milliseconds == 6
+    assert row.gmacs == pytest.approx(3 * path_costs(toy, SIZE).full / 1e9, rel=0.5)
+    assert found.ratios["parameters_over_ensemble"] == [pytest.approx(1 / 3)]
+    assert found.ratios["miou_last_minus_ensemble"] == [50 - row.miou]
 
 
 @torch.no_grad()
@@ -227,7 +256,7 @@ def test_the_way_to_an_exit_is_a_network_of_its_own(toy):
 def test_milliseconds_of_twins_are_on_the_scale_of_the_ways(toy, monkeypatch):
     data, twins = FewImages(), (Twin(0.5), Twin(exit=1))
     fixed = {"whole": [2.0, 2.0], twins[0].row: [1.0, 1.0], twins[1].row: [0.5, 0.5]}
-    monkeypatch.setattr(adaptive, "interleave", lambda sides, rounds, warm_up: fixed)
+    monkeypatch.setattr(adaptive, "interleave", lambda sides, rounds, warm_up, device: fixed)
     networks = {twins[0]: (toy, data), twins[1]: (adaptive.way_to(toy, 1), data)}
     costs, of_twins = adaptive.all_milliseconds((toy, data), networks, "test", rounds=2)
     assert of_twins == pytest.approx({twins[0]: costs.full / 2, twins[1]: costs.full / 4})
@@ -303,22 +332,21 @@ def test_the_specialist_mixes_by_the_coefficients_given(basisnet):
 def test_the_use_of_bases_is_counted_by_hand():
     # One layer of two bases over two images: each leads once. The other layer: the first one always, alone.
     alphas = torch.tensor([[[0.75, 0.25], [1.0, 0.0]], [[0.25, 0.75], [1.0, 0.0]]])
-    found = adaptive.use_of_bases(alphas)
+    figures, said = adaptive.use_of_bases(alphas)
     entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
-    assert found["entropy_of_alpha"] == pytest.approx(entropy / 2, abs=5e-4)
-    assert found["images_led_by_each_basis"] == [0.75, 0.25]
-    assert found["bases_leading_below_1_percent"] == "1 of 4 (layer, basis)"
+    assert figures["entropy_of_alpha_over_limit"] == pytest.approx(entropy / 2 / math.log(2))
+    assert figures["share_of_bases_leading_below_1_percent"] == 0.25
+    assert said["images_led_by_each_basis"] == [0.75, 0.25]
 
 
 def test_proofs_of_either_network_are_figures(ranet, basisnet):
     data = FewImages(count=3, size=(64, 64))
-    drops = adaptive.proofs(ranet, data, "test")["drop_without_coarse_features"]
-    assert len(drops) == 3
-    assert drops[0] == 0
-    assert {"drop_with_shuffled_alpha", "drop_with_uniform_alpha", "entropy_of_alpha"} <= set(
-        adaptive.proofs(basisnet, data, "test")
-    )
-    assert adaptive.proofs(Toy(), data, "test") == {}
+    drops, _ = adaptive.proofs(ranet, data, "test")
+    assert list(drops) == [f"drop_without_coarse_features_exit_{exit}" for exit in (2, 3)]
+    figures, said = adaptive.proofs(basisnet, data, "test")
+    assert {"drop_with_shuffled_alpha", "drop_with_uniform_alpha", "entropy_of_alpha_over_limit"} <= set(figures)
+    assert len(said["images_led_by_each_basis"]) == 3
+    assert adaptive.proofs(Toy(), data, "test") == ({}, {})
 
 
 # Recipes and report ---------------------------------------------------------------------------------------------------
@@ -341,10 +369,11 @@ def test_a_twin_is_trained_as_the_network_with_exits_is(tmp_path, data, model):
 
 
 def test_twins_are_trained_for_their_exit_or_at_their_resolution(tmp_path, monkeypatch):
-    given = {}
+    given, seeds = {}, {}
 
     def noted(row, recipe_path, seed, overrides, runs):
         given[row] = recipe_record(load_recipe(recipe_path, overrides))
+        seeds[row] = [seed]
         return SimpleNamespace(folder=runs / row)
 
     monkeypatch.setattr(adaptive, "trained", noted)
@@ -356,7 +385,8 @@ def test_twins_are_trained_for_their_exit_or_at_their_resolution(tmp_path, monke
     assert given["ranet_twin_exit_1"]["early_exit"]["weights"] == [1.0, 0.0, 1e-9]
     assert given["basisnet_twin_50"]["data"]["args"]["resolution"] == 0.5
     assert all(record["trainer"]["max_epochs"] == 3 for record in given.values())
-    assert len(given) == 2 + 4 + 4
+    assert len(given) == 2 + 4 + 4 + 3
+    assert sorted(seeds["basisnet_twin_100_copy_2"]) == [2000]
 
 
 def test_smaller_twins_see_as_much_of_the_image():
@@ -384,9 +414,11 @@ def test_the_report_holds_spreads_over_rounds_and_seeds(tmp_path, monkeypatch, c
     first = Measured({"exit 1 alone": Figures(50, 1, 4)}, {"time": [1.0, 1.2]}, {"leaving": [1.0]})
     second = Measured({"exit 1 alone": Figures(52, 1, 4)}, {"time": [0.9, 1.1]}, {"leaving": [1.0]})
     setting = adaptive.setting_of(None, tmp_path, [])
-    adaptive.report(setting, {"ranet": [first, second]}, {"8_at_4x6": [2.0]}, {"ranet": ["a", "b"]})
+    adaptive.report(
+        setting, {"ranet": [first, second]}, {"auto_synthesis_over_plain/8_at_4x6": [2.0]}, {"ranet": ["a", "b"]}
+    )
     written = json.loads((tmp_path / "runs/bench/adaptive.json").read_text())
     assert written["ratios"]["time/ranet"] == pytest.approx({"median": 1.05, "min": 0.9, "max": 1.2})
-    assert written["ratios"]["grouped_synthesis_over_plain/8_at_4x6"]["median"] == 2
+    assert written["ratios"]["auto_synthesis_over_plain/8_at_4x6"]["median"] == 2
     assert written["notes"]["ranet"]["runs"] == ["a", "b"]
     assert "| exit 1 alone | 51.00 | 50.00 to 52.00 | 1.000 | 4.0 |" in capsys.readouterr().out
