@@ -50,7 +50,7 @@ def recipe_of_network(recipe: Recipe, subnet: Subnet, folder: Path) -> Recipe:
 
 def check_folder(folder: Path, about: Mapping[str, Any]) -> None:
     """Raise ValueError when a folder holds anything but a network found by the same search."""
-    if not folder.exists() or not any(folder.iterdir()):
+    if not folder.exists() or all(path.suffix == ".tmp" for path in folder.iterdir()):  # of a writer that was killed
         return
     there = read_object(folder / SEARCH).get("about")
     if not isinstance(there, dict):
@@ -68,6 +68,8 @@ def write_found(
 
     `figures` is what goes to search.json. Raises CheckpointError when a file cannot be written.
     """
+    # First, since it says whose folder this is: when we are killed, the same search finds it and writes the rest.
+    write_text(folder / SEARCH, json.dumps(figures, indent=1) + "\n")
     recipe = recipe_of_network(recipe_from_record(dict(record["recipe"])), subnet, folder)
     network = judge.network(subnet).cpu()
     kept = {**record, "recipe": recipe_record(recipe)}
@@ -87,7 +89,6 @@ def write_found(
     save_recipe(recipe, folder / "recipe.yaml")
     cost = count_macs(network, judge.split.size)
     write_text(folder / "cost.json", json.dumps({"inference": cost.as_record()}, indent=2) + "\n")
-    write_text(folder / SEARCH, json.dumps(figures, indent=1) + "\n")
     run_id(folder)
     note(folder, classes=record["labels"]["classes"])
     return network

@@ -4,8 +4,9 @@ What is found becomes a run of its own, --out, which evaluate, export and predic
 with start_from=null from scratch. All that was judged is kept in --storage: a search that was stopped goes on when
 started again, several processes may share one, and the winner is the same. Judge on a split that you do not report.
 
---method front needs no budget: it looks for all networks that none beats. --subnet takes out a network that was named,
-and --trained says how well the supernet ranks networks that were trained.
+--method front needs no budget: it looks for all networks that none beats, by MACs, or with --budget-ms of any number by
+milliseconds. --subnet takes out a network that was named, and --trained says how well the supernet ranks networks that
+were trained.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from tools.cli import parser, run, write_json
 if TYPE_CHECKING:
     from torch import nn
 
-    from dance_seg.subnet_scores import SubnetScores
+    from dance_seg.subnet_scores import JudgedSplit, SubnetScores
     from dance_seg.supernet.search import Budget, Candidate, Evolution, Progress
     from dance_seg.supernet.space import Subnet
 
@@ -37,7 +38,9 @@ def arguments_parser() -> argparse.ArgumentParser:
     made.add_argument("overrides", metavar="key=value", nargs="*", help="such as data.args.root=DIR")
     budget = made.add_mutually_exclusive_group()
     budget.add_argument("--budget-macs", metavar="N", type=float, help="MACs of an image, such as 2e9")
-    budget.add_argument("--budget-ms", metavar="N", type=float, help="milliseconds of an image on this machine")
+    budget.add_argument(
+        "--budget-ms", metavar="N", type=float, help="milliseconds of an image on this machine; for a front any"
+    )
     made.add_argument(
         "--performance", choices=PERFORMANCES, help="dynamic lets images stop early; default where there are exits"
     )
@@ -79,7 +82,8 @@ def main() -> int:
             "recipes/shapes_multi_stage.yaml"
         )
     named = model.space.subnet(read_choices(arguments.subnet)) if arguments.subnet else None
-    judge = judge_of(arguments, model, JudgedSplit(build_datamodule(recipe), arguments.split, arguments.images))
+    split = JudgedSplit(build_datamodule(recipe), arguments.split, arguments.images)
+    judge = judge_of(arguments, model, split, [named] if named else [])
     if arguments.trained:
         figures = rank_correlation(judge, arguments.trained)
     elif named is not None:
@@ -100,6 +104,15 @@ def check_asked(arguments: argparse.Namespace) -> None:
         raise ValueError("there is no budget; give --budget-macs, such as 2e9, or --budget-ms")
     if not needs_budget and arguments.performance == "dynamic":
         raise ValueError("dynamic performance is that within a budget; search for one network, or give static")
+    if arguments.beside and (arguments.subnet or arguments.trained):
+        raise ValueError(
+            "--beside shows other models beside what was searched for; leave it out, or --subnet or --trained"
+        )
+    if arguments.control and not needs_budget:
+        raise ValueError(
+            "--control is a random search beside one for a single network; leave it out, or --method front, --subnet "
+            "or --trained"
+        )
     if arguments.images is not None and arguments.images < 1:
         raise ValueError(f"--images is {arguments.images}; judge on at least 1")
     if has_budget:
@@ -141,15 +154,18 @@ def evolution_of(arguments: argparse.Namespace) -> "Evolution":
     )
 
 
-def judge_of(arguments: argparse.Namespace, model: "nn.Module", split: Any) -> "SubnetScores":
-    """Scores and costs of the supernet's networks, in the budget's unit."""
+def judge_of(
+    arguments: argparse.Namespace, model: "nn.Module", split: "JudgedSplit", named: "Sequence[Subnet]"
+) -> "SubnetScores":
+    """Scores and costs of the supernet's networks, in the budget's unit, which those that are named surely have."""
     from dance_seg.early_exit.exits import ExitNetwork
     from dance_seg.subnet_scores import Performance, SubnetScores, latency_table
 
     budget = budget_of(arguments)
     table = None
     if budget.unit == "ms":
-        table = latency_table(model, split.size, arguments.run / "search" / "latency.json", print)
+        path = arguments.run / "search" / "latency.json"
+        table = latency_table(model, split.size, path, print, device=split.device, named=named)
     dynamic = isinstance(model, ExitNetwork) and not (arguments.subnet or arguments.trained)
     default: Performance = "dynamic" if dynamic and arguments.method != "front" else "static"
     return SubnetScores(model, split, budget, arguments.performance or default, table=table)
@@ -327,8 +343,11 @@ def shown_progress(what: str) -> "Iterator[Callable[[Progress], None]]":
 
 
 def print_best(candidates: "Sequence[Candidate]", judge: "SubnetScores") -> None:
-    """The best networks by score."""
+    """The best networks by score, and how many were drawn that could not be judged."""
     from dance_seg.supernet.search import rank
+
+    if judge.left_out:
+        print(f"{len(judge.left_out)} networks that were drawn have parts that were not timed, and were left out")
 
     print(f"{judge.performance} performance on {len(judge.split.names)} images of {judge.split.split}")
     print(f"  {'mIoU':>6}  {judge.unit:>10}  generation, number")

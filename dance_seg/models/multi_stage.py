@@ -18,7 +18,9 @@ heads the largest network's first exit costs a quarter of it, and the second 55 
 convolution of all that it sees laid side by side. Blocks are kxk and 3x3 convolutions of all channels rather than
 inverted bottlenecks: on one core of a CPU, at the shapes of these networks, they took 14 to 18 ms per GMAC, those with
 depthwise convolutions 31 to 54, and training on half the MACs took 1 to 4 times as long. Widths are multiples of 8.
-Kernels are 3 and 5: 7x7 of all channels costs more than five times 3x3. Choices are made for each stage at each stride.
+Kernels are 3 and 5: 7x7 of all channels costs more than five times 3x3. Depth, kernel and width are chosen for each
+stage at each stride; the width is that of the blocks' inner channels alone, between blocks there is one size. The
+resolution is one choice for a whole network, whose later stages read what earlier ones made.
 
 Heads: 1x1 convolutions of what a stage sees at strides 8, 16 and 32, added up at stride 8, a 3x3, and logits. The
 resolution is that of the images as the network sees them; masks have the images' own size.

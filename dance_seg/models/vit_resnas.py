@@ -11,7 +11,8 @@ classification), written anew from its description:
 - blocks with LayerNorm before attention and before the MLP, drop path that grows linearly with depth (0.2, small 0.3);
 - what is elastic: the embedding's channels of each stage, heads and hidden channels of each block, and whether a
   droppable block is there. Where one is left out, so are the droppable ones after it in the same run;
-- several subnets in one forward and backward pass by masks for every image (`dance_seg.supernet.prefix`);
+- several subnets in one forward and backward pass by masks for every image (`dance_seg.supernet.prefix`); they are
+  drawn whole, where the published code puts the groups' widths into another order in every layer;
 - hidden channels and heads in order of importance before fewer of them are opened, here once and there every epoch.
 
 Ours is what makes masks of any size of it, and some freedom:

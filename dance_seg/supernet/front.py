@@ -126,7 +126,7 @@ def children(
     found: list[Proposal] = []
     failures = 0
     for index in range(options.population):
-        subnet = new_child(space, study, distributions, known, options, (seed, Stream.SEARCH, generation, index))
+        subnet = new_child(window, study, distributions, known, options, (seed, Stream.SEARCH, generation, index))
         failures = failures + 1 if subnet is None else 0
         if failures == HOPELESS:
             break
@@ -137,14 +137,14 @@ def children(
 
 
 def new_child(
-    space: SearchSpace,
+    window: Window,
     study: "Study",
     distributions: Mapping[str, "BaseDistribution"],
     known: set[Subnet],
     options: Front,
     place: tuple[int, int, int, int],
 ) -> Subnet | None:
-    """A network by NSGA-II that is not known; None when there was none in all tries."""
+    """A network by NSGA-II that is not known and has a cost; None when there was none in all tries."""
     from optuna.trial import TrialState
 
     for number in range(options.tries):
@@ -152,8 +152,8 @@ def new_child(
         study.sampler = counted_sampler(options.population, place[2], distributions, int(seeds[0]), int(seeds[1]))
         trial = study.ask(dict(distributions))
         study.tell(trial, state=TrialState.FAIL)  # judged elsewhere, and then in the history
-        subnet = space.subnet(trial.params)
-        if subnet not in known:
+        subnet = window.space.subnet(trial.params)
+        if subnet not in known and not window.distance(subnet):
             return subnet
     return None
 

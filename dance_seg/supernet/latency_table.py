@@ -9,9 +9,12 @@ Other work on the machine draws whole networks out more than parts, which fit be
 idle one.
 """
 
+import hashlib
 import json
 import math
+import os
 import time
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -37,6 +40,10 @@ Parts = Counter[str]
 """How often each part runs in one forward."""
 
 
+class UnmeasuredError(ValueError):
+    """A network with parts that a latency table does not know; the message names one."""
+
+
 @dataclass(frozen=True)
 class Conditions:
     """What milliseconds depend on beside the network."""
@@ -53,16 +60,31 @@ class Conditions:
 class LatencyTable:
     """The milliseconds of each part of a space's networks.
 
-    `factor` brings sums to whole networks; 1 until it is known.
+    `factor` brings sums to whole networks; 1 until it is known. `errors` say how far sums are then off for others.
     """
 
     space: str  # its fingerprint
     conditions: Conditions
     parts: Mapping[str, float] = field(repr=False)
     factor: float = 1.0
+    errors: tuple[float, ...] = ()  # relative, negative where a sum is too small
+
+    @property
+    def typical_error(self) -> float:
+        """The median of the absolute relative errors; 0 where none is known.
+
+        >>> LatencyTable("", Conditions((8, 8), 1, "any", "cpu", 1, "2"), {}, errors=(-0.3, 0.1, 0.2)).typical_error
+        0.2
+        """
+        return median(map(abs, self.errors)) if self.errors else 0.0
+
+    @property
+    def fingerprint(self) -> str:
+        """A name of the table that changes with what it holds, for what was found by its costs."""
+        return hashlib.sha256(json.dumps(self.as_record()).encode()).hexdigest()[:16]
 
     def milliseconds(self, parts: Parts) -> float:
-        """The milliseconds of a network with these parts. Raises ValueError, naming one, when some were not measured.
+        """The milliseconds of a network with these parts. Raises UnmeasuredError when some were not measured.
 
         >>> conditions = Conditions((8, 8), 1, "any", "cpu", 1, "2")
         >>> LatencyTable("", conditions, {"small": 2.0, "large": 3.0}).milliseconds(Counter(small=2, large=1))
@@ -70,7 +92,7 @@ class LatencyTable:
         """
         missing = [part for part in parts if part not in self.parts]
         if missing:
-            raise ValueError(
+            raise UnmeasuredError(
                 f"{len(missing)} parts were not measured, such as {missing[0]}; measure a table of more networks"
             )
         return self.factor * sum(count * self.parts[part] for part, count in parts.items())
@@ -105,9 +127,11 @@ class Checked(NamedTuple):
         return self.summed_ms / self.measured_ms - 1
 
 
-def conditions_here(model: nn.Module, input_size: tuple[int, int], *, batch: int = 1) -> Conditions:
-    """The conditions of a measurement on this machine, on the device where the model is."""
-    device = next(model.parameters()).device
+def conditions_here(
+    model: nn.Module, input_size: tuple[int, int], *, batch: int = 1, device: torch.device | None = None
+) -> Conditions:
+    """The conditions of a measurement on this machine, on a device; by default where the model is."""
+    device = device or next(model.parameters()).device
     size = (int(input_size[0]), int(input_size[1]))
     return Conditions(size, batch, processor(), device_name(device), torch.get_num_threads(), torch.__version__)
 
@@ -249,8 +273,19 @@ def corrected(table: LatencyTable, checked: Sequence[Checked]) -> LatencyTable:
 
 
 def save_table(table: LatencyTable, path: Path) -> Path:
-    """Write the table as JSON, whole or not at all."""
-    return write_text(path, json.dumps(table.as_record(), indent=1) + "\n")
+    """Write the table as JSON, whole or not at all; one that is there stays.
+
+    Processes that begin together all measure: the first to finish gives the table of all.
+    """
+    text = json.dumps(table.as_record(), indent=1) + "\n"
+    written = write_text(path.with_name(f"{path.name}.{uuid.uuid4().hex}"), text)
+    try:
+        os.link(written, path)
+    except OSError:
+        if not path.exists():  # a file system without links
+            written.replace(path)
+    written.unlink(missing_ok=True)
+    return path
 
 
 def load_table(path: Path, space: SearchSpace, conditions: Conditions) -> LatencyTable:
@@ -263,11 +298,15 @@ def load_table(path: Path, space: SearchSpace, conditions: Conditions) -> Latenc
             Conditions(**{**there, "input_size": tuple(there["input_size"])}),
             {str(part): float(milliseconds) for part, milliseconds in record["parts"].items()},
             float(record["factor"]),
+            tuple(float(error) for error in record["errors"]),
         )
-        if not all(math.isfinite(one) and one >= 0 for one in (*table.parts.values(), table.factor)):
+        times = (*table.parts.values(), table.factor)
+        if not all(math.isfinite(one) for one in (*times, *table.errors)) or min(times) < 0:
             raise ValueError("a time in it is no number")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path}: is no latency table ({first_line(error)}); measure one") from None
+        raise DataError(
+            f"{path}: is no latency table ({first_line(error)}); move it away, and one is measured"
+        ) from None
     try:
         table.refuse_elsewhere(space, conditions)
     except ValueError as error:

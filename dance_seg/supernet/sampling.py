@@ -4,7 +4,8 @@ Progressive shrinking (Once-for-All, arXiv 1908.09791): the largest network trai
 depths, then widths are opened, in each the larger values first. The sandwich rule (US-Nets, arXiv 1903.05134): each
 step runs the largest network, the smallest and some drawn ones, so that every parameter has a gradient in every step.
 Multi-architectural sampling (ViT-ResNAS, arXiv 2109.00642): these networks share the batch, a group of images each, in
-one forward and one backward pass.
+one forward and one backward pass. There every layer has the widths of the groups in another random order; that is not
+built: networks are drawn whole, each choice apart from the others, so two of them may have the same width in a layer.
 """
 
 import math

@@ -144,8 +144,8 @@ def evolve(
 ) -> Found:
     """The network of the highest score that costs between `lowest` and 1 times the budget; of equals the cheaper.
 
-    `cost` must depend on the network alone, and is asked once for each network drawn, judged or not; `score` takes
-    the time: higher is better, details may come with it (`Scored`).
+    `cost` must depend on the network alone, and is asked once for each network drawn, judged or not; infinite, it
+    leaves a network out. `score` takes the time: higher is better, details may come with it (`Scored`).
 
     With a `storage`, a file, everything judged is kept: a killed search goes on when started again, several processes
     and machines (on a shared folder) share the work, and more iterations may be asked for later. `about` is plain
@@ -280,17 +280,21 @@ class Window:
         self.costs: dict[Subnet, float] = {}
 
     def price(self, subnet: Subnet) -> float:
-        """The cost of a network. Raises ValueError when it is no number."""
+        """The cost of a network, infinite where it has none. Raises ValueError when it is no number."""
         if subnet not in self.costs:
             price = float(self.cost(subnet))
-            if not (math.isfinite(price) and price >= 0):
-                raise ValueError(f"the cost is {price} for {subnet}; a cost is a finite number, not negative")
+            if not price >= 0:  # NaN is refused as well
+                raise ValueError(
+                    f"the cost is {price} for {subnet}; a cost is a number, not negative, infinite to leave it out"
+                )
             self.costs[subnet] = price
         return self.costs[subnet]
 
     def distance(self, subnet: Subnet) -> float:
-        """How far a network's cost is outside; 0 within."""
+        """How far a network's cost is outside; 0 within. What has none is never within."""
         price = self.price(subnet)
+        if math.isinf(price):
+            return math.inf
         return max(self.low - price, price - self.high, 0.0)
 
     def nothing(self, budget: Budget) -> ValueError:

@@ -312,9 +312,14 @@ class Store:
 
 
 def differences(there: Any, here: Mapping[str, Any]) -> str:
-    """What differs between two records, for people."""
+    """What differs between two records, for people; of what they are about, each thing on its own."""
     if not isinstance(there, Mapping):
         return f"it says {short(there)}"
+    if isinstance(there.get("about"), Mapping):
+        there, here = (
+            {**record, "about": None, **{f"about {key}": value for key, value in record.get("about", {}).items()}}
+            for record in (there, here)
+        )
     keys = [key for key in {**there, **here} if there.get(key) != here.get(key)][:10]
     return "; ".join(
         f"{str(key)[:80]} is {short(there.get(key))} there and {short(here.get(key))} here" for key in keys

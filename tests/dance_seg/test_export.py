@@ -4,7 +4,9 @@ The expected logits are always the network's own in PyTorch.
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,7 +28,9 @@ from dance_seg.export import (
     load_safetensors,
 )
 from dance_seg.file_metadata import VERSION
+from dance_seg.models.multi_stage import MultiStageSupernet
 from dance_seg.models.smp import SmpModel
+from dance_seg.models.vit_resnas import VitResNas
 from dance_seg.network_slimming.structure import structure_record
 from dance_seg.normalise import MEAN, normalise
 from tests.exported import small_network, small_record
@@ -308,6 +312,29 @@ def test_files_that_are_no_safetensors_file_of_this_project_are_refused(
 
 
 # Every family --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("subnet", ["smallest", "drawn"])
+@pytest.mark.parametrize(
+    ("name", "supernet"),
+    [("multi_stage", MultiStageSupernet), ("vit_resnas", VitResNas)],
+    ids=["multi_stage", "vit_resnas"],
+)
+def test_a_smaller_network_of_a_supernet_agrees_with_its_file(
+    name: str, supernet: Callable[..., Any], subnet: str, tmp_path: Path
+) -> None:
+    space = supernet(len(PALETTE), "tiny").space
+    chosen = space.smallest if subnet == "smallest" else space.sample(np.random.default_rng(1))
+    if name == "multi_stage":
+        assert chosen["resolution"] < 1
+        assert subnet == "smallest" or len({chosen[f"stage{stage}.stride8.depth"] for stage in (1, 2, 3)}) == 2
+    else:
+        assert any(chosen[choice] == 0 for choice in space.values if choice.endswith("exists"))
+    model = prepared(Family(name, {"size": "tiny", "subnet": chosen.as_record()}), half=False)
+    found = measure(model, tmp_path / "net.onnx", runs=1)
+    assert found.agreement.argmax >= 0.9999
+    assert found.undecided < 2e-3
 
 
 @pytest.mark.slow

@@ -23,6 +23,7 @@ from dance_seg.errors import DataError
 from dance_seg.export import drawn_images
 from dance_seg.export_exits import StagesOnnx, check_stages, export_stages
 from dance_seg.models.basisnet import BasisNet
+from dance_seg.models.multi_stage import MultiStage, MultiStageSupernet
 from dance_seg.models.ranet import RANet
 from dance_seg.models.smp_exits import SmpWithExits
 from dance_seg.normalise import normalise
@@ -182,6 +183,13 @@ def test_the_stages_of_a_real_encoder_decide_as_the_network_does(tmp_path: Path,
     check_it_decides_as_the_network_does(exported(small_unet, tmp_path / "stages"), calls)
 
 
+def taken_out(seed: int | None) -> MultiStage:
+    """A network of a supernet, the smallest or a drawn one, which sees images smaller and has stages unequally deep."""
+    supernet = MultiStageSupernet(len(CLASSES), "tiny")
+    space = supernet.space
+    return supernet.extract(space.smallest if seed is None else space.sample(np.random.default_rng(seed)))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "make",
@@ -191,8 +199,18 @@ def test_the_stages_of_a_real_encoder_decide_as_the_network_does(tmp_path: Path,
         lambda: SmpWithExits(arch="fpn", encoder_name="resnet18", num_classes=len(CLASSES)),
         lambda: BasisNet(len(CLASSES), encoder_name=LIGHT, preview_encoder=LIGHT, bases=2, basis_stages=1),
         lambda: BasisNet(len(CLASSES), encoder_name=LIGHT, preview_encoder=LIGHT, bases=2, hand_over=False),
+        lambda: taken_out(None),
+        lambda: taken_out(1),
     ],
-    ids=["ranet", "ranet_two_per_network", "smp_exits", "basisnet", "basisnet_no_hand_over"],
+    ids=[
+        "ranet",
+        "ranet_two_per_network",
+        "smp_exits",
+        "basisnet",
+        "basisnet_no_hand_over",
+        "multi_stage_smallest",
+        "multi_stage_drawn",
+    ],
 )
 def test_the_stages_of_every_network_decide_as_it_does(
     make: Callable[[], ExitNetwork], tmp_path: Path, calls: list[int]

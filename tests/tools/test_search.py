@@ -18,11 +18,11 @@ from dance_seg.calibration import calibrated_policy
 from dance_seg.checkpoint import save_checkpoint
 from dance_seg.cost.macs import count_macs
 from dance_seg.early_exit.paths import Walked, path_costs
-from dance_seg.found_network import track
+from dance_seg.found_network import check_folder, track, write_found
 from dance_seg.inference import evaluate, predictions
 from dance_seg.metrics import confusion_matrix, scores
 from dance_seg.part import Part
-from dance_seg.recipe import load_recipe, save_recipe
+from dance_seg.recipe import load_recipe, recipe_from_record, save_recipe
 from dance_seg.subnet_scores import JudgedSplit, SubnetScores
 from dance_seg.supernet.search import Budget
 from dance_seg.supernet.storage import Candidate
@@ -83,9 +83,27 @@ def test_the_network_found_spends_and_scores_what_the_search_said_after_a_reload
     assert np.mean(spent) == pytest.approx(figures["best"]["details"]["average_cost"])
     assert scores(matrix).miou == pytest.approx(figures["best"]["score"], abs=1e-9)
     assert len(figures["history"]) == len(figures["control"]["history"]) == 5
+    for one in [*figures["history"], *figures["control"]["history"]]:
+        assert 0 < one["details"]["average_cost"] <= MACS
+        assert 0.975 * MACS <= one["cost"] <= MACS
     page = (tmp_path / "found" / "report.html").read_text()
     assert "The network that was found" in page
     assert "random search" in page.lower()
+
+
+@pytest.mark.slow
+def test_every_judged_network_spends_at_most_the_budget_when_its_images_walk_through_it(runs, call):
+    figures = call(runs["multi_stage_supernet"], "--budget-macs", MACS, *FEW)
+    model, record, _ = load_run(runs["multi_stage_supernet"])
+    datamodule = build_datamodule(recipe_from_record(record["recipe"]))
+    judge = SubnetScores(model, JudgedSplit(datamodule, "val"), Budget(MACS), "dynamic")
+    for one in figures["history"]:
+        network = judge.network(model.space.subnet(one["subnet"]))
+        thresholds = [float("inf") if each is None else each for each in one["details"]["thresholds"]]
+        policy, costs = replace(judge.policy, thresholds=tuple(thresholds)), path_costs(network, (64, 64))
+        walked = [each.exits[0] for each in predictions(network, datamodule, "val", policy=policy)]
+        assert costs.average(walked, policy.asked) == pytest.approx(one["details"]["average_cost"])
+        assert costs.average(walked, policy.asked) <= MACS
 
 
 @pytest.mark.slow
@@ -228,6 +246,32 @@ def test_a_network_that_is_named_is_taken_out_and_ranked(runs, call, tmp_path):
     assert ranked["kendall_tau"] in (1.0, pytest.approx(1.0)) or ranked["networks"][0] == ranked["networks"][1]
 
 
+@pytest.mark.parametrize("broken", ["write_text", "save_recipe"])
+def test_after_a_kill_while_a_network_is_written_the_same_search_writes_it(runs, tmp_path, monkeypatch, broken):
+    model, record, _ = load_run(runs["vit_resnas_supernet"])
+    datamodule = build_datamodule(recipe_from_record(record["recipe"]))
+    judge = SubnetScores(model, JudgedSplit(datamodule, "val", 1), Budget(1e9), "static")
+    about, folder = {"seed": 0}, tmp_path / "found"
+
+    def killed(*_):
+        (folder / "any.123.tmp").write_text("half")
+        raise KeyboardInterrupt
+
+    def write():
+        check_folder(folder, about)
+        write_found(folder, record, judge, model.space.smallest, {"about": about})
+
+    with monkeypatch.context() as patch:
+        folder.mkdir()
+        patch.setattr(f"dance_seg.found_network.{broken}", killed)
+        with pytest.raises(KeyboardInterrupt):
+            write()
+    write()
+    assert load_run(folder)[1]["recipe"]["model"]["args"]["subnet"] == model.space.smallest.as_record()
+    with pytest.raises(ValueError, match="holds what another search found"):
+        check_folder(folder, {"seed": 1})
+
+
 def test_every_judged_network_goes_to_the_tracker_with_the_best_so_far(runs, tmp_path, monkeypatch):
     rows, given = [], {}
 
@@ -261,6 +305,10 @@ def test_every_judged_network_goes_to_the_tracker_with_the_best_so_far(runs, tmp
         (("--budget-macs", "1e8", "--initial", "0"), "initial is 0; it must be at least 1"),
         (("--budget-macs", "1e8", "--images", "0"), "--images is 0"),
         (("--method", "front", "--performance", "dynamic"), "dynamic performance is that within a budget"),
+        (("--subnet", "one.json", "--beside", "runs/other"), "--beside shows other models beside what was searched"),
+        (("--trained", "one", "two", "--beside", "runs/other"), "--beside shows other models beside what was searched"),
+        (("--method", "front", "--control"), "--control is a random search beside one for a single network"),
+        (("--subnet", "one.json", "--control"), "--control is a random search beside one for a single network"),
     ],
 )
 def test_what_cannot_be_searched_for_is_refused(runs, call, words, said):

@@ -1,16 +1,18 @@
 """Supernets and search: python -m tools.bench.supernet [key=value ...].
 
-Speed: a step of four networks in one pass against one of the largest alone, judging candidates from cached tables, and
-milliseconds over MACs of networks taken out. What training comes to, on drawn scenes: several networks a step against
-one, residual reduction against none, statistics of a network's own against inherited ones, search against random search
-of as many networks, stopping early against the best static network of as many MACs, and Kendall's tau between scores
-with inherited weights and after training from scratch. Runs that are there already are not trained again.
+Speed: a step of four networks in one pass against one of the largest alone, judging candidates from cached tables and a
+whole search on these, the MACs of judging a network, milliseconds over MACs of networks taken out, and how far sums of
+a latency table are off. What training comes to, on drawn scenes: several networks a step against one, residual
+reduction against none, statistics of a network's own against inherited ones, search against random search of as many
+networks, stopping early against the best static network of as many MACs, and Kendall's tau between scores with
+inherited weights and after training from scratch. Runs that are there already are not trained again.
 
 --quick shows that it all works, in minutes, and measures nothing: two epochs of a few scenes. Overrides apply to every
 run.
 """
 
 import statistics
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -26,8 +28,9 @@ from tools.cli import parser, run
 if TYPE_CHECKING:
     from torch import nn
 
+    from dance_seg.early_exit.budget import ExitTable
     from dance_seg.subnet_scores import JudgedSplit, SubnetScores
-    from dance_seg.supernet.search import Evolution
+    from dance_seg.supernet.search import Budget, Evolution
     from dance_seg.supernet.space import Subnet
 
 MULTI_STAGE, VIT_RESNAS = "recipes/shapes_multi_stage.yaml", "recipes/shapes_vit_resnas.yaml"
@@ -57,6 +60,7 @@ class Extent:
     iterations: int = 5
     children: int = 12
     candidates: int = 1000  # judged from cached tables
+    table_limit_s: float = 0.3  # for each network that a latency table takes parts from
     overrides: tuple[str, ...] = ()
 
     @property
@@ -68,7 +72,7 @@ class Extent:
         return Evolution(initial=self.initial, iterations=self.iterations, parents=half, mutation=half, crossover=half)
 
 
-SHORT = Extent(3, 3, 1, 1, 3, 2, 2, 50, QUICK)
+SHORT = Extent(3, 3, 1, 1, 3, 2, 2, 50, 0.0, QUICK)
 
 
 def main() -> int:
@@ -90,6 +94,7 @@ def main() -> int:
 
     take(steps(extent))
     take(latency_over_macs(extent))
+    take(latency_table_error(extent))
     for seed in arguments.seeds:  # seed by seed, so that an early stop leaves whole comparisons
         supernet = trained("multi_stage", MULTI_STAGE, seed, given, arguments.runs).folder
         found, said = of_multi_stage(supernet, seed, given, arguments.runs, extent)
@@ -166,6 +171,7 @@ def of_multi_stage(
     judge = judge_of(model, split, "dynamic")
     networks = spread_out(model, split.size, extent.networks, seed)
     whole = judge_of(model, split, "static")
+    passes = evaluation_over_pass(whole, networks) | evaluation_over_pass(judge, networks)
     inherited = [split.miou(model.extract(subnet)) for subnet in networks]
     own = [whole.miou(subnet) for subnet in networks]
     retrained = [split.miou(load(from_scratch(folder, subnet, seed, overrides, runs, extent))) for subnet in networks]
@@ -173,10 +179,10 @@ def of_multi_stage(
 
     found = {
         **judging(judge, networks, extent),
-        "evaluation_over_pass": [evaluation_over_pass(whole, subnet) for subnet in networks],
+        **passes,
         "miou_own_minus_inherited_statistics": [a - b for a, b in zip(own, inherited, strict=True)],
         "kendall_tau": [kendall_tau(own, retrained)],
-        **searched(judge, whole, seed, extent),
+        **searched("multi_stage", whole, judge, seed, extent),
     }
     said = {
         "supernet": folder.name,
@@ -228,35 +234,88 @@ def spread_out(model: Any, size: tuple[int, int], count: int, seed: int) -> "lis
 
 
 def judging(judge: "SubnetScores", networks: "Sequence[Subnet]", extent: Extent) -> dict[str, list[float]]:
-    """Milliseconds of judging thresholds from cached tables, and seconds of a search of many on a fixed set."""
+    """Milliseconds of judging and of choosing thresholds from cached tables, and seconds of a whole search on these."""
     from dance_seg.randomness import Stream, generator
-    from dance_seg.supernet.search import judge_dynamic
+    from dance_seg.supernet.search import Budget, judge_dynamic
 
-    tables = [
-        judge.split.exits(judge.network(subnet), judge.policy).table(judge.path_costs(subnet))  # type: ignore[arg-type]
-        for subnet in networks
-    ]
+    tables = [judge.exit_table(subnet) for subnet in networks]
     random = generator(0, Stream.SEARCH)
     candidates = [
         (tables[int(random.integers(len(tables)))], random.random(tables[0].num_exits - 1).tolist())
         for _ in range(extent.candidates)
     ]
-    milliseconds = []
+    judged, solved = [], []
     for table, thresholds in candidates:
         began = time.perf_counter()
         judge_dynamic(table, thresholds=thresholds)
-        milliseconds.append(1000 * (time.perf_counter() - began))
-    return {"candidate_ms": milliseconds, "search_seconds/cached": [sum(milliseconds) / 1000]}
+        judged.append(1000 * (time.perf_counter() - began))
+    for table in tables:
+        budget = Budget((table.costs.cheapest + table.costs.full) / 2)
+        began = time.perf_counter()
+        judge_dynamic(table, budget)
+        solved.append(1000 * (time.perf_counter() - began))
+    began = time.perf_counter()
+    num_judged = cached_search(tables, judge.budget, extent.candidates)
+    return {
+        "candidate_ms": judged,
+        "solve_ms": solved,
+        "search_seconds/cached": [time.perf_counter() - began],
+        "search_candidates/cached": [float(num_judged)],
+    }
 
 
-def evaluation_over_pass(judge: "SubnetScores", subnet: "Subnet") -> float:
-    """The MACs that judging a network runs over those of its own pass over the images."""
+def cached_search(tables: "Sequence[ExitTable]", budget: "Budget", candidates: int) -> int:
+    """Search for a network of a fixed set and thresholds of its exits, by its table; returns how many were judged."""
+    import numpy as np
+
+    from dance_seg.supernet.search import Dynamic, Evolution, Scored, evolve, judge_dynamic
+    from dance_seg.supernet.space import SearchSpace, Subnet, Value
+
+    exits = range(tables[0].num_exits - 1)
+    shares = tuple(step / 100 for step in range(101))
+    thresholds: dict[str, tuple[Value, ...]] = {f"exit{exit}.share": shares for exit in exits}
+    space = SearchSpace({"network": tuple(range(len(tables))), **thresholds})
+
+    def dynamic(candidate: Subnet) -> Dynamic:
+        table = tables[int(candidate["network"])]
+        chosen = [float(np.quantile(table.scores[:, exit], 1 - candidate[f"exit{exit}.share"])) for exit in exits]
+        return judge_dynamic(table, thresholds=chosen)
+
+    def cost(candidate: Subnet) -> float:
+        return dynamic(candidate).average_cost
+
+    def score(candidate: Subnet) -> Scored:
+        return dynamic(candidate).as_scored()
+
+    children = max(1, candidates // 20)
+    options = Evolution(
+        initial=candidates - 16 * children, iterations=9, parents=children, mutation=children, crossover=children,
+        lowest=0.0,
+    )  # fmt: skip
+    return len(evolve(space, cost, score, budget, options).history)
+
+
+def evaluation_over_pass(judge: "SubnetScores", networks: "Sequence[Subnet]") -> dict[str, list[float]]:
+    """The MACs that judging networks runs over those of their plain pass over the images; statistics beforehand apart.
+
+    Both together are all that a score takes; a dynamic one asks every head. Networks must not have been judged before.
+    """
     from dance_seg.cost.macs import OperationCounter
 
-    network = judge.network(subnet)
-    with OperationCounter() as counter:
-        judge.split.miou(network)
-    return counter.macs["forward"].total() / (len(judge.split.names) * judge.whole_cost(subnet))
+    evaluation, recalibration = list[float](), list[float]()
+    for subnet in networks:
+        judge.cost(subnet)  # counts operations itself, once
+        one_pass = len(judge.split.names) * judge.whole_cost(subnet)
+        with OperationCounter() as built:
+            judge.network(subnet)
+        with OperationCounter() as scored:
+            judge.score(subnet)
+        recalibration.append(built.macs["forward"].total() / one_pass)
+        evaluation.append(scored.macs["forward"].total() / one_pass - recalibration[-1])
+    return {
+        f"evaluation_over_pass/{judge.performance}": evaluation,
+        f"recalibration_over_pass/{judge.performance}": recalibration,
+    }
 
 
 def from_scratch(
@@ -278,22 +337,49 @@ def from_scratch(
     return trained(name, str(path), seed, short, runs).folder
 
 
-def searched(judge: "SubnetScores", static: "SubnetScores", seed: int, extent: Extent) -> dict[str, list[float]]:
-    """Searches against random ones of as many networks, and dynamic against static performance within the budget."""
+def searched(
+    name: str, static: "SubnetScores", dynamic: "SubnetScores | None", seed: int, extent: Extent
+) -> dict[str, list[float]]:
+    """Searches against random ones of as many networks, and dynamic against static performance within the budget.
+
+    The former for dynamic performance where the supernet has it.
+    """
     from dance_seg.supernet.search import evolve, random_search
 
     seeds = range(100 * seed, 100 * seed + extent.searches)
-    of_search, of_chance, of_static = (
-        [
-            find(one.model.space, one.cost, one.score, one.budget, extent.evolution, seed=each).best.score
-            for each in seeds
-        ]
-        for find, one in ((evolve, judge), (random_search, judge), (evolve, static))
-    )
-    return {
-        "search_minus_random": [a - b for a, b in zip(of_search, of_chance, strict=True)],
-        "dynamic_minus_static": [a - b for a, b in zip(of_search, of_static, strict=True)],
-    }
+
+    def best(find: Any, judge: "SubnetScores") -> list[float]:
+        given = judge.model.space, judge.cost, judge.score, judge.budget, extent.evolution
+        return [find(*given, seed=each).best.score for each in seeds]
+
+    of_search, of_chance = best(evolve, dynamic or static), best(random_search, dynamic or static)
+    found = {f"search_minus_random/{name}": [a - b for a, b in zip(of_search, of_chance, strict=True)]}
+    if dynamic is not None:
+        of_static = best(evolve, static)
+        found[f"dynamic_minus_static/{name}"] = [a - b for a, b in zip(of_search, of_static, strict=True)]
+    return found
+
+
+def latency_table_error(extent: Extent) -> dict[str, list[float]]:
+    """How far a latency table's sums are off for whole networks that it was not corrected by: absolute, over these.
+
+    Weights do not matter, and sums are for images large enough that the time goes to layers: CamVid's size.
+    """
+    from dance_seg.models.multi_stage import MultiStageSupernet
+    from dance_seg.models.vit_resnas import VitResNas
+    from dance_seg.subnet_scores import latency_table, measured_whole
+    from dance_seg.supernet.latency_table import check
+
+    found = {}
+    models: dict[str, Any] = {"multi_stage": MultiStageSupernet(11, "tiny"), "vit_resnas": VitResNas(11)}
+    for name, model in models.items():
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "latency.json"
+            table = latency_table(model.eval(), LARGE, path, lambda said: None, extent.table_limit_s)
+        networks = [model.extract(subnet).eval() for subnet in spread_out(model, LARGE, extent.networks, seed=0)]
+        checked = check(table, networks, whole=measured_whole(model), time_limit_s=3 * extent.table_limit_s)
+        found[f"latency_table_error/{name}"] = [abs(one.relative_error) for one in checked]
+    return found
 
 
 def latency_over_macs(extent: Extent) -> dict[str, list[float]]:
@@ -346,7 +432,7 @@ def coarse_macs(network: Any, size: tuple[int, int]) -> int:
 def of_vit_resnas(
     seed: int, overrides: Sequence[str], runs: Path, extent: Extent
 ) -> tuple[dict[str, list[float]], dict[str, Any]]:
-    """Several networks a step against one, at equal steps, and residual reduction against none."""
+    """Several networks a step against one, at equal steps, search, and residual reduction against none."""
     folders = {
         method: trained(
             f"vit_resnas_{method}", VIT_RESNAS, seed, [*overrides, f"supernet.method={method}"], runs
@@ -354,13 +440,13 @@ def of_vit_resnas(
         for method in ("multi_architectural", "single")
     }
     mious: dict[str, list[float]] = {}
-    judge = None
+    judges = {}
     for method, folder in folders.items():
         model, split = loaded(folder)
-        judge = judge_of(model, split, "static")
+        judges[method] = judge_of(model, split, "static")
         networks = spread_out(model, split.size, extent.networks, seed)
-        mious[method] = [judge.miou(subnet) for subnet in networks]
-    assert judge is not None
+        mious[method] = [judges[method].miou(subnet) for subnet in networks]
+    judge = judges["multi_architectural"]
     several, single = mious.values()
     with_skip, without = (
         trained(
@@ -369,21 +455,33 @@ def of_vit_resnas(
             seed,
             [*overrides, "supernet=null", f"model.args.residual_reduction={skip}"],
             runs,
-        ).miou
+        )
         for skip in ("true", "false")
     )
     found = {
         "miou_several_minus_single": [statistics.mean(several) - statistics.mean(single)],
-        "miou_with_minus_without_skip": [with_skip - without],
+        "miou_with_minus_without_skip": [with_skip.miou - without.miou],
+        **searched("vit_resnas", judge, None, seed, extent),
     }
     said = {
         **{f"mious_{method}": [round(miou, 2) for miou in found] for method, found in mious.items()},
         "gmacs": [round(judge.whole_cost(subnet) / 1e9, 4) for subnet in networks],
-        "miou_with_skip": round(with_skip, 2),
-        "miou_without_skip": round(without, 2),
+        "miou_with_skip": round(with_skip.miou, 2),
+        "miou_without_skip": round(without.miou, 2),
+        "steps_passed_over_with_skip": passed_over(with_skip.folder),
+        "steps_passed_over_without_skip": passed_over(without.folder),
         "runs": {method: folder.name for method, folder in folders.items()},
     }
     return found, said
+
+
+def passed_over(folder: Path) -> int:
+    """How many steps of a run changed nothing, since their loss or gradients were not finite."""
+    from dance_seg.build import load_run
+    from dance_seg.checkpoint import load_checkpoint
+
+    callbacks = load_checkpoint(load_run(folder, "last")[2])["callbacks"]
+    return int(callbacks["FiniteSteps"]["passed_over"])
 
 
 if __name__ == "__main__":

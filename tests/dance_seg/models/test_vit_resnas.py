@@ -29,6 +29,7 @@ from dance_seg.models.vit_resnas import (
 )
 from dance_seg.network_slimming import NetworkSlimming, slim
 from dance_seg.supernet.prefix import ChannelDrop, PrefixDropPath, PrefixLinear, PrefixNorm, several_at_once
+from dance_seg.supernet.sampling import Sampling, subnets_of_step
 from dance_seg.supernet.space import SearchSpace, Subnet
 from tests.contracts import check_model
 
@@ -494,6 +495,26 @@ def test_eight_images_by_twos_are_four_distinct_masks_in_every_layer() -> None:
         assert len(set(map(tuple, rows))) == 4, name
         if "attention" not in name:  # whose channels are heads
             assert all(row == sorted(row, reverse=True) for row in rows), name
+
+
+def test_networks_that_a_step_draws_have_distinct_masks_in_most_layers() -> None:
+    """Of the four of a step 2.8 differ in a layer on average: widths are few, and a drawn one may be an end's."""
+    model = tiny(drop_path=0.0).train()
+    options = Sampling(method="multi_architectural", drawn=2, phases=(), start=0.0, end=0.0)
+    apart, of_drawn = [], []
+    for step in range(4):
+        subnets = subnets_of_step(model.space, options, seed=0, global_step=step, progress=1.0)
+        assert len(set(subnets)) == 4
+        model.set_masks(subnets)
+        masks = [
+            layer.mask if layer.mask is not None else torch.ones(4, 1)
+            for layer in model.modules()
+            if isinstance(layer, ChannelDrop | PrefixNorm)
+        ]
+        of_drawn += [not torch.equal(mask[2], mask[3]) for mask in masks]
+        apart += [len(set(map(tuple, mask.tolist()))) for mask in masks]
+    assert np.mean(of_drawn) > 0.6
+    assert np.mean(apart) > 2.5
 
 
 def test_the_widest_channels_learn_only_from_the_groups_that_keep_them() -> None:

@@ -32,6 +32,12 @@ def test_no_network_of_the_front_is_beaten_and_every_other_one_is():
     assert [one.cost for one in found.front] == sorted(one.cost for one in found.front)
 
 
+def test_a_network_without_a_cost_is_left_out():
+    found = front(SPACE, lambda subnet: np.inf if subnet["place0"] == 1 else cost(subnet), score, OPTIONS)
+    assert found.history
+    assert all(np.isfinite(one.cost) and one.subnet["place0"] != 1 for one in found.history)
+
+
 def test_no_network_is_judged_twice_and_the_seed_alone_decides():
     one, same, other = (front(SPACE, cost, score, OPTIONS, seed=seed) for seed in (0, 0, 1))
     assert len({candidate.subnet for candidate in one.history}) == len(one.history) == 60

@@ -97,8 +97,18 @@ def test_the_network_is_left_as_it_was():
 
 
 def test_a_table_comes_back_from_its_file(table, tmp_path):
+    given = replace(table, factor=1.25, errors=(0.1, -0.3))
+    read = load_table(save_table(given, tmp_path / "table.json"), SPACE, conditions_here(network(1, 4), SIZE))
+    assert read == given
+    assert read.typical_error == pytest.approx(0.2)
+    assert read.fingerprint == given.fingerprint != table.fingerprint
+
+
+def test_of_processes_that_measure_at_once_the_first_gives_the_table_of_all(table, tmp_path):
     path = save_table(replace(table, factor=1.25), tmp_path / "table.json")
-    assert load_table(path, SPACE, conditions_here(network(1, 4), SIZE)) == replace(table, factor=1.25)
+    save_table(replace(table, factor=3.0), path)
+    assert load_table(path, SPACE, conditions_here(network(1, 4), SIZE)).factor == 1.25
+    assert [one.name for one in tmp_path.iterdir()] == ["table.json"]
 
 
 @pytest.mark.parametrize(

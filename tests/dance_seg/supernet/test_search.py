@@ -117,6 +117,12 @@ def test_a_budget_that_no_network_meets_names_the_nearest_network():
         evolve(space, lambda one: 10 * one["one"] + one["other"], score, Budget(100), SMALL)
 
 
+def test_a_network_without_a_cost_is_left_out():
+    found = evolve(SPACE, lambda subnet: math.inf if subnet["place0"] == 1 else cost(subnet), score, BUDGET, SMALL)
+    assert len(found.history) == len(evolve(SPACE, cost, score, BUDGET, SMALL).history)
+    assert all(one.subnet["place0"] != 1 and one.cost <= BUDGET.limit for one in found.history)
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_score_that_is_no_number_is_refused(value):
     with pytest.raises(ValueError, match=r"the score is (nan|inf) for place0="):

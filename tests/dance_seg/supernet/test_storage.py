@@ -307,7 +307,9 @@ def test_a_killed_process_is_dead_even_before_anybody_asked_how_it_ended():
         ({"seed": 1}, "seed is 0 there and 1 here"),
         ({"budget": Budget(140)}, "budget is {'limit': 300, 'unit': 'MACs'} there and {'limit': 140"),
         ({"options": Evolution(**{**vars(SMALL), "parents": 3})}, "options is"),
-        ({"about": {"checkpoint": "b"}}, "about is {} there"),
+        ({"about": {"checkpoint": "b"}}, "about checkpoint is None there and 'b' here"),
+        ({"about": {"latency": "0123456789abcdef"}}, "about latency is None there and '0123456789abcdef' here"),
+        ({"about": {"statistics_images": 32}}, "about statistics_images is None there and 32 here"),
         ({"space": SearchSpace({**SPACE.values, "place5": (1, 2, 3)})}, "space is"),
     ],
 )
