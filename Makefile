@@ -74,7 +74,7 @@ train: setup  ## train RECIPE=recipes/... with ARGS="key=value ..."
 train-%: setup  ## train recipes/%.yaml, such as make train-camvid_data_slimming ARGS="data.args.root=DIR"
 	$(RUN) -m tools.train recipes/$*.yaml $(ARGS)
 
-bench-%: setup  ## measure a benchmark: pipeline, complexity, evaluator, epoch, slimming, adaptive, basisnet, supernet, export, startup, distill or durability
+bench-%: setup  ## measure a benchmark: pipeline, complexity, evaluator, epoch, slimming, adaptive, basisnet, supernet, front, export, startup, distill or durability
 	$(RUN) -m tools.bench.$* $(ARGS)
 
 four-rows: setup  ## dense, data, network, both and their controls on CamVid: ROOT=DIR ARGS="--seeds 0 1 key=value ..." (hours)

@@ -51,7 +51,7 @@ def test_each_exit_has_its_row_its_bar_and_its_pictures(tmp_path):
         ["exit 3", "–", "50.00", "3.00"],
     ]
     (bars,) = blocks(section, Bars)
-    assert [(bar.label, bar.text) for bar in bars.bars] == [("exit 1", "50 %"), ("exit 2", "0 %"), ("exit 3", "50 %")]
+    assert [(bar.name, bar.text) for bar in bars.bars] == [("exit 1", "50 %"), ("exit 2", "0 %"), ("exit 3", "50 %")]
     (panels,) = blocks(section, Panels)
     assert panels.title == "Left at exit 3"
 
