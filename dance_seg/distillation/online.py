@@ -9,7 +9,7 @@ Accuracies are in [0, 1] like the threshold they are compared with; figures hand
 
 import time
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -58,7 +58,7 @@ def follow(
     key_frames: Collection[int] | None = None,
     num_frames: int | None = None,
     seed: int = 0,
-) -> Iterator[Followed]:
+) -> Generator[Followed, None, None]:
     """Follow a video by the options' method, each frame in turn: yields what became of each, when it is done with it.
 
     `record` gets the figures of each frame. `state` is where to go on: a StreamState, which the caller keeps and may
@@ -96,7 +96,7 @@ def _follow(
     state: StreamState,
     record: Callable[[dict[str, Any]], None] | None,
     schedule: Schedule,
-) -> Iterator[Followed]:
+) -> Generator[Followed, None, None]:
     follow_frame = METHODS[state.options.method]
     for frame in frames:
         if frame.index < state.position:

@@ -10,7 +10,7 @@ repeatable, and the one to measure accuracies by.
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -53,7 +53,7 @@ def follow_in_real_time(
     *,
     record: Callable[[dict[str, Any]], None] | None = None,
     state: StreamState | Mapping[str, Any] | None = None,
-) -> Iterator[Followed]:
+) -> Generator[Followed, None, None]:
     """Follow a stream as it comes, learning beside it; arguments and state as those of `online.follow`.
 
     A key frame is `key_frame` when the teacher is asked. What it taught (teaching, updates, accuracies, seconds) stands
@@ -77,7 +77,7 @@ def _follow(
     teacher: Teacher,
     state: StreamState,
     record: Callable[[dict[str, Any]], None] | None,
-) -> Iterator[Followed]:
+) -> Generator[Followed, None, None]:
     shown = copy.deepcopy(student).eval()
     running: Future[Round] | None = None
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="teacher") as beside:

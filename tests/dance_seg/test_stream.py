@@ -3,6 +3,11 @@
 import json
 import os
 import signal
+import threading
+import time
+from collections import Counter
+from functools import partial
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -20,7 +25,7 @@ from dance_seg.part import Part
 from dance_seg.predict import load_predictor
 from dance_seg.sample import Frame
 from dance_seg.stream import follow_stream
-from dance_seg.stream_pictures import MOST_EVENTS, SampleFrames
+from dance_seg.stream_pictures import MOST_EVENTS, Film, SampleFrames
 from dance_seg.teachers import build_student, build_teacher, palette_of, recipe_hash, teacher_recipe, trained
 from datamodules.paced import paced
 from datamodules.video import build_source
@@ -169,6 +174,157 @@ def test_a_video_that_cannot_be_read_on_stops_it_with_the_state_saved(tmp_path):
     with pytest.raises(DataError, match=r"frame 12 cannot be decoded \(the state after 12 frames is saved"):
         follow_stream(recipe, source, tmp_path / "run", progress=False)
     assert newest_valid(tmp_path / "run" / "checkpoints")[1]["global_step"] == 12
+
+
+SHORT = ("data.args.num_frames=6", "data.args.cuts=null", "distillation.score_every_frame=false")
+
+
+def source_of(recipe, between):
+    """The recipe's video, its frames drawn beforehand and handed on by the generator `between(frames)`."""
+    source = build_source(recipe)
+    drawn = list(source.frames())
+    source.frames = lambda start=0: between(drawn[start:])
+    return source
+
+
+def test_a_stream_stopped_exactly_at_its_end_is_finished_by_the_next_call(tmp_path):
+    recipe = tiny_stream(*SHORT)
+    follow(recipe, tmp_path / "run", stop_after=6)
+    assert "finished" not in read(tmp_path / "run", "run.json")
+    follow(recipe, tmp_path / "run")
+    costs = read(tmp_path / "run", "cost.json")
+    assert read(tmp_path / "run", "run.json")["finished"]
+    assert (costs["stream"]["model"]["seconds"] > 0, costs["inference"]["input_size"]) == (True, [64, 64])
+    assert [row["step"] for row in rows_of(tmp_path / "run")] == list(range(6))
+
+
+def test_a_camera_that_stands_still_stops_it_with_the_state_saved(tmp_path):
+    recipe, again = tiny_stream(*SHORT), threading.Event()
+
+    def stalling(frames):
+        yield from frames[:3]
+        again.wait(20)
+
+    with pytest.raises(DataError, match=r"no frame came within 1 s after 3 frames \(the state after 3 frames is saved"):
+        follow_stream(
+            recipe,
+            source_of(recipe, stalling),
+            tmp_path / "run",
+            pace=lambda frames: paced(frames, timeout=1.0),
+            progress=False,
+        )
+    again.set()
+    assert newest_valid(tmp_path / "run" / "checkpoints")[1]["global_step"] == 3
+
+
+def test_a_source_that_fails_in_its_own_way_stops_it_with_the_state_saved(tmp_path):
+    recipe = tiny_stream(*SHORT)
+
+    def failing(frames):
+        yield from frames[:3]
+        raise OSError("the cable is out")
+
+    with pytest.raises(DataError, match=r"OSError: the cable is out \(the state after 3 frames is saved"):
+        follow_stream(recipe, source_of(recipe, failing), tmp_path / "run", progress=False)
+    assert newest_valid(tmp_path / "run" / "checkpoints")[1]["global_step"] == 3
+
+
+@pytest.mark.parametrize("real_time", [False, True])
+def test_the_source_is_closed_whatever_goes_wrong(tmp_path, real_time):
+    closed, method = [], "hold" if real_time else "online"
+    recipe = tiny_stream(*SHORT, f"distillation.method={method}", "distillation.learning_rate=1e30")
+
+    def noted(frames):
+        try:
+            yield from frames
+        finally:
+            closed.append(True)
+
+    pace = paced if real_time else None
+    with pytest.raises(ValueError, match="only online runs in real time" if real_time else "finite"):
+        follow_stream(recipe, source_of(recipe, noted), tmp_path / "run", pace=pace, progress=False)
+    assert closed == [True]
+    assert "frames" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_a_film_that_cannot_be_put_in_its_place_keeps_nothing_else_open(tmp_path, monkeypatch):
+    tracker = Tracker()
+    monkeypatch.setattr(dance_seg.stream, "guarded_wandb_logger", lambda folder, **options: tracker)
+    monkeypatch.setattr(Film, "close", lambda self: Path("/nowhere/film.mp4").touch())
+    with pytest.raises(OSError, match="nowhere"):
+        follow(tiny_stream(*SHORT), tmp_path / "run", stop_after=1, overlay=tmp_path / "film.mp4")
+    assert tracker.finished
+
+
+class EveryOther:
+    """A pace that drops every other frame."""
+
+    delay = 0.5
+
+    def __init__(self, frames, longest_delay=0.5):
+        self.frames, self.dropped, self.longest_delay = frames, 0, longest_delay
+
+    def __iter__(self):
+        for frame in self.frames:
+            if frame.index % 2:
+                self.dropped += 1
+            else:
+                yield frame
+
+    def close(self):
+        self.frames.close()
+
+
+def test_what_was_dropped_late_and_left_out_before_an_interruption_still_counts(tmp_path):
+    recipe, source = tiny_stream(*SHORT), build_source(tiny_stream(*SHORT))
+    whole = source.frames
+
+    def frames(start=0):
+        source.problems = Counter(unreadable=2)
+        return whole(start)
+
+    source.frames = frames
+    for stop, longest in ((2, 0.75), (None, 0.5)):
+        pace = partial(EveryOther, longest_delay=longest)
+        follow_stream(recipe, source, tmp_path / "run", pace=pace, stop_after=stop, progress=False)
+    scores, rows = read(tmp_path / "run", "scores.json"), rows_of(tmp_path / "run")
+    assert scores["problems"] == {"unreadable": 4}
+    assert scores["real_time"] == {"dropped": 3, "longest_delay": 0.75}
+    assert [(row["step"], row["stream/dropped"]) for row in rows] == [(0, 0), (2, 1), (4, 2)]
+
+
+def test_rows_of_a_run_that_was_killed_before_its_first_checkpoint_are_given_up(tmp_path, monkeypatch):
+    recipe = tiny_stream(*SHORT)
+    with monkeypatch.context() as killed:
+        killed.setattr(dance_seg.stream.StreamRunFiles, "save", lambda self: os.stat("/nowhere"))
+        with pytest.raises(OSError, match="nowhere"):
+            follow(recipe, tmp_path / "run", stop_after=4)
+    assert len(rows_of(tmp_path / "run")) == 4
+    follow(recipe, tmp_path / "run", pace=EveryOther)
+    assert [row["step"] for row in rows_of(tmp_path / "run")] == [0, 2, 4]
+
+
+def test_leaving_out_what_was_followed_before_is_no_stalling(tmp_path):
+    recipe = tiny_stream(*SHORT)
+
+    def skipping(frames):
+        if len(frames) < 6:
+            time.sleep(1)
+        yield from frames
+
+    def call(stop):
+        return follow_stream(
+            recipe,
+            source_of(recipe, skipping),
+            tmp_path / "run",
+            pace=lambda frames: paced(frames, timeout=0.6),
+            stop_after=stop,
+            progress=False,
+        )
+
+    call(2)
+    call(None)
+    assert read(tmp_path / "run", "run.json")["finished"]
 
 
 def test_weights_that_are_no_numbers_are_not_saved_over_good_ones(tmp_path):
