@@ -114,7 +114,14 @@ def follow_stream(
         else:
             paced = pace(begun(frames) if start else frames)  # which closes the frames: its thread reads them
             opened.callback(paced.close)
-            stream = follow_in_real_time(watched(paced, broken), student, teacher, options, state=run.state)
+            stream = follow_in_real_time(
+                watched(paced, broken),
+                student,
+                teacher,
+                options,
+                state=run.state,
+                left_over=run.scores.add_left_over,
+            )
         opened.callback(stream.close)
         judge = teacher if options.score_every_frame and paced is None else None
         bar = ProgressBar(run, source, progress)
@@ -130,6 +137,7 @@ def follow_stream(
                         break
                 else:
                     run.finish(paced)
+                stream.close()  # in real time what is being learnt is finished and counted first
             run.save()
         except Exception as error:
             if not isinstance(error, TeacherError) and error not in broken:
@@ -162,7 +170,9 @@ class StreamRunFiles:
         self.classes, self.palette = tuple(teacher.classes), palette_of(source, teacher)
         self.state = StreamState.start(student, teacher.classes, recipe.distillation)
         self.source, self.structure = source, structure
-        self.price = pricing(student, teacher, recipe.distillation)
+        # What is counted is a copy: in real time another thread teaches the student meanwhile.
+        self._counted = copy.deepcopy(student)
+        self.price = pricing(self._counted, teacher, recipe.distillation)
         # Temporal stability takes up to four optical flows a frame: not for a camera that never ends.
         follows_motion = source.num_frames is not None
         self.scores = StreamScores(self.classes, recipe.distillation, price=self.price, stability=follows_motion)
@@ -237,11 +247,12 @@ class StreamRunFiles:
         self._last = followed.frame
         if self.tracker is not None and (followed.key_frame or index % self.recipe.trainer.log_every == 0):
             self.tracker.log_metrics(row, index)
-        if self.samples.wants(followed):
-            masks = self.samples.keep(followed, labels)
+        sample, of_teacher = (followed, labels) if pace is None else known_by_now(followed)
+        if sample is not None and self.samples.wants(sample):
+            masks = self.samples.keep(sample, of_teacher)
             if self.tracker is not None:
                 shown = {name: [mask] for name, mask in masks.items()}
-                self.tracker.log_images("stream/samples", [followed.frame.image], shown, self.classes, index)
+                self.tracker.log_images("stream/samples", [sample.frame.image], shown, self.classes, index)
         if time.monotonic() - self._saved_at >= 60 * self.recipe.trainer.save_every_minutes:
             self.save()
 
@@ -260,8 +271,8 @@ class StreamRunFiles:
         """Write scores, costs and the state, whole or not at all; nothing where nothing came since the last time."""
         if self.state.position == self._saved_position and not self._is_over:
             return
+        state = self.state.record()  # first: it refuses to be saved where learning failed
         self._write_figures()
-        state = self.state.record()
         student = state.pop("student")
         checkpoint = {
             "global_step": self.state.position,
@@ -308,8 +319,19 @@ class StreamRunFiles:
             assert self.recipe.distillation is not None
             height, width = self._last.image.shape[:2]
             seen = downsampled_size((height, width), self.recipe.distillation.resolution)
-            costs["inference"] = count_macs(self.state.student, seen).as_record()
+            costs["inference"] = count_macs(self._counted, seen).as_record()
         write_text(self.folder / "cost.json", _json(costs))
+
+
+def known_by_now(followed: Followed) -> tuple[Followed | None, np.ndarray | None]:
+    """In real time: the frame that can be a sample now, with the teacher's labels of it.
+
+    A key frame can when it was taught. Else a frame at which the scene changes can, without labels.
+    """
+    if followed.asked is not None and followed.teaching is not None:
+        frame, prediction = followed.asked
+        return followed._replace(frame=frame, prediction=prediction, key_frame=True), followed.teaching.labels
+    return (followed if followed.frame.cut and not followed.key_frame else None), None
 
 
 def label_record(source: Source, classes: Sequence[str], palette: Sequence[tuple[int, int, int]]) -> dict[str, Any]:

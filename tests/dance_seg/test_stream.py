@@ -15,16 +15,17 @@ import pytest
 import torch
 
 import dance_seg.build
+import dance_seg.distillation.scores
 import dance_seg.stream
 from dance_seg.checkpoint import newest_valid
-from dance_seg.distillation.online import Followed, TeacherError
+from dance_seg.distillation.online import Asked, Followed, TeacherError
 from dance_seg.distillation.state import StreamState
 from dance_seg.distillation.teacher import OracleTeacher, Teaching
 from dance_seg.errors import DataError
 from dance_seg.part import Part
 from dance_seg.predict import load_predictor
 from dance_seg.sample import Frame
-from dance_seg.stream import follow_stream
+from dance_seg.stream import follow_stream, known_by_now
 from dance_seg.stream_pictures import MOST_EVENTS, Film, SampleFrames
 from dance_seg.teachers import build_student, build_teacher, palette_of, recipe_hash, teacher_recipe, trained
 from datamodules.paced import paced
@@ -257,22 +258,22 @@ def test_a_film_that_cannot_be_put_in_its_place_keeps_nothing_else_open(tmp_path
 
 
 class EveryOther:
-    """A pace that drops every other frame."""
+    """A pace that drops every other frame, or all but every so many."""
 
     delay = 0.5
 
-    def __init__(self, frames, longest_delay=0.5):
-        self.frames, self.dropped, self.longest_delay = frames, 0, longest_delay
+    def __init__(self, frames, longest_delay=0.5, every=2):
+        self.frames, self.dropped, self.longest_delay, self.every = frames, 0, longest_delay, every
 
     def __iter__(self):
         for frame in self.frames:
-            if frame.index % 2:
+            if frame.index % self.every:
                 self.dropped += 1
             else:
                 yield frame
 
     def close(self):
-        self.frames.close()
+        pass
 
 
 def test_what_was_dropped_late_and_left_out_before_an_interruption_still_counts(tmp_path):
@@ -437,6 +438,72 @@ def test_in_real_time_what_was_dropped_and_late_is_told(tmp_path):
     assert all("stream/delay_ms" in row for row in rows)
 
 
+undropped = partial(EveryOther, every=1)
+
+
+class Noting(OracleTeacher):
+    """Notes the frames that it is asked of, and answers when frame `until` comes."""
+
+    def __init__(self, recipe):
+        self.oracle, self.asked, self.until, self.comes = (
+            build_teacher(recipe, build_source(recipe)),
+            [],
+            0,
+            threading.Event(),
+        )
+        super().__init__(self.oracle.classes, macs=10**9)
+
+    def __call__(self, frame):
+        self.asked.append(frame.index)
+        assert self.comes.wait(20)
+        return self.oracle(frame)
+
+    def pace(self, frames):
+        return undropped(map(self.passing, frames))
+
+    def passing(self, frame):
+        if frame.index == self.until:
+            self.comes.set()
+        return frame
+
+
+def test_in_real_time_a_stream_that_goes_on_keeps_weights_stride_and_scores(tmp_path):
+    """What frame 0 taught is finished when the first call ends, and the next key frame is a stride of 4 later."""
+    recipe = tiny_stream(*SHORT, "distillation.threshold=0.99")
+    teacher = Noting(recipe)
+    teacher.until = 2
+    follow(recipe, tmp_path / "run", teacher=teacher, pace=teacher.pace, stop_after=3)
+    first, scores = weights_of(tmp_path / "run"), read(tmp_path / "run", "scores.json")
+    assert (scores["key_frames"], scores["updates"], scores["frames_against_teacher"]) == (1, 3, 1)
+    assert read(tmp_path / "run", "cost.json")["stream"]["counts"] == {"student": 3, "teacher": 1, "updates": 3}
+    assert not (tmp_path / "run" / "pictures").exists()  # a key frame is a sample when its labels are there
+    follow(recipe, tmp_path / "run", teacher=teacher, pace=teacher.pace, stop_after=1)
+    assert teacher.asked == [0]
+    assert all(torch.equal(first[name], weight) for name, weight in weights_of(tmp_path / "run").items())
+    follow(recipe, tmp_path / "run", teacher=teacher, pace=teacher.pace, stop_after=2)
+    assert teacher.asked == [0, 4]
+    assert read(tmp_path / "run", "scores.json")["updates"] == 6
+    assert [row["step"] for row in rows_of(tmp_path / "run")] == list(range(6))
+
+
+def test_in_real_time_updates_that_diverge_end_it_and_are_not_saved(tmp_path):
+    recipe = tiny_stream(*SHORT, "distillation.learning_rate=1e30")
+    with pytest.raises(ValueError, match=r"frame 0: .*finite.*distillation\.learning_rate is 1e\+30"):
+        follow(recipe, tmp_path / "run", pace=undropped, stop_after=1)
+    assert newest_valid(tmp_path / "run" / "checkpoints") is None
+
+
+def test_costs_are_counted_on_a_copy_that_no_other_thread_teaches(tmp_path, monkeypatch):
+    made, counted, build = [], [], dance_seg.stream.build_student
+    monkeypatch.setattr(dance_seg.stream, "build_student", lambda *given: made.append(build(*given)) or made[0])
+    for module in (dance_seg.stream, dance_seg.distillation.scores):
+        count = partial(lambda count, model, size: counted.append(model) or count(model, size), module.count_macs)
+        monkeypatch.setattr(module, "count_macs", count)
+    follow(tiny_stream(*SHORT), tmp_path / "run", pace=undropped, stop_after=1)
+    assert len(counted) == 2
+    assert all(model is not made[0][0] for model in counted)
+
+
 class Tracker:
     """Keeps what it is told."""
 
@@ -508,6 +575,17 @@ def followed_frame(index, *, key_frame=False, cut=False, updates=0):
     before = 0.5 if key_frame else None
     teaching = Teaching(blank) if key_frame else None
     return Followed(frame, blank, blank, teaching, key_frame, updates, before, before, 8, {})
+
+
+def test_in_real_time_a_sample_is_the_key_frame_itself_with_the_labels_that_came_back_for_it():
+    came_back, asked = followed_frame(9, key_frame=True, updates=2), followed_frame(3)
+    labels = came_back.teaching.labels
+    sample, of_teacher = known_by_now(came_back._replace(asked=Asked(asked.frame, asked.prediction)))
+    assert (sample.frame.index, sample.prediction is asked.prediction, of_teacher is labels) == (3, True, True)
+    assert known_by_now(followed_frame(3)._replace(key_frame=True)) == (None, None)  # its labels are not there yet
+    assert known_by_now(followed_frame(4)) == (None, None)
+    cut = followed_frame(5, cut=True)
+    assert known_by_now(cut) == (cut, None)
 
 
 def test_cuts_and_the_two_key_frames_after_them_are_kept_and_their_number_is_bounded(tmp_path):
