@@ -56,6 +56,8 @@ from dance_seg.report.timeline import Timeline, accuracy_chart, cost_chart, stri
 MOST_SAMPLES = 16
 SAMPLE_BYTES = 3_200_000  # of sample frames in a page
 _SAMPLE = re.compile(r"(\d+)_image\.png")
+LESSON = ("accuracy", "accuracy_before", "accuracy_after", "updates", "stride")
+"""What the row of a key frame says of its teaching; in real time the row before which that came back says it."""
 COST_KINDS = {"student": "student, every frame", "teacher": "teacher, key frames", "updates": "updates of the student"}
 
 
@@ -81,10 +83,28 @@ class StreamRun:
         """How the stream was followed, such as online."""
         return str(self.options.get("method", "online"))
 
+    @property
+    def is_real_time(self) -> bool:
+        """Whether teacher and updates ran beside the stream."""
+        return bool(section(dict(self.scores), "real_time")) or any("stream/taught" in row for row in self.run.rows)
+
     @cached_property
     def frame_rows(self) -> list[Mapping[str, Any]]:
-        """The rows of metrics.jsonl that are about one frame, in order."""
-        return [row for row in self.run.rows if number(row.get("stream/stride")) is not None]
+        """The rows of metrics.jsonl that are about one frame, in order.
+
+        In real time what a key frame taught stands in the row before which it came back; here it is in its own, and key
+        frames of which nothing came back have no stride.
+        """
+        rows = [row for row in self.run.rows if number(row.get("stream/stride")) is not None]
+        if not self.is_real_time:
+            return rows
+        lessons = {f"stream/{name}" for name in LESSON}
+        by_frame = {int(row["step"]): {key: row[key] for key in row.keys() - lessons} for row in rows}
+        for row in rows:
+            taught = number(row.get("stream/taught"))
+            if taught is not None and taught in by_frame:
+                by_frame[int(taught)] |= {key: row[key] for key in row.keys() & lessons}
+        return list(by_frame.values())
 
     @cached_property
     def timeline(self) -> Timeline | None:

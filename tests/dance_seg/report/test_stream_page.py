@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from dance_seg.errors import DataError
+from dance_seg.metrics_file import MetricsFile
 from dance_seg.report.charts import LEFT
 from dance_seg.report.page import Panels
 from dance_seg.report.stream_page import read_stream_run, samples, write_stream_report
@@ -145,6 +146,44 @@ def test_a_sample_says_what_happened_on_its_frame(tmp_path):
     assert re.fullmatch(r"accuracy [\d.]+ before, 92.0 after 8 updates; then a stride of 8", first.note)
     assert second.title.startswith("Frame 120: scene cut")
     assert [panel.title.split(" (")[0] for panel in first.panels] == ["frame", "student", "teacher", "errors"]
+
+
+def write_real_time_rows(folder):
+    """Ten frames: 0 is asked and comes back before frame 4, which is asked and comes back before 7; 8 never does.
+
+    Strides are decided when a key frame comes back: 8 at first, 16 after frame 0, 32 after frame 4.
+    """
+    (folder / "metrics.jsonl").unlink()
+    metrics, stride = MetricsFile(folder / "metrics.jsonl"), 8
+    for frame in range(10):
+        row = {"stream/key_frame": int(frame in (0, 4, 8)), "stream/updates": 0, "stream/cut": int(frame == 4)}
+        if frame in (4, 7):
+            taught, stride = {4: (0, 16), 7: (4, 32)}[frame]
+            figures = {"taught": taught, "updates": 3, "accuracy": 20.0 + taught, "accuracy_before": 21.0 + taught}
+            row |= {f"stream/{name}": value for name, value in figures.items()}
+            row["stream/accuracy_after"] = 90.0 + taught
+        metrics.append(frame, {**row, "stream/stride": stride})
+    metrics.close()
+
+
+def test_in_real_time_what_a_key_frame_taught_stands_at_the_key_frame_itself(tmp_path):
+    folder = write_stream_run(tmp_path / "run", pictures=0)
+    write_real_time_rows(folder)
+    line = read_stream_run(folder).timeline
+    assert line.frames.tolist() == list(range(10))
+    assert line.key_frames.tolist() == [0, 4, 8]
+    for found, expected in (
+        (line.before, [21, 25, np.nan]),
+        (line.after, [90, 94, np.nan]),
+        (line.strides, [16, 32, np.nan]),
+        (line.accuracy[:5], [20, np.nan, np.nan, np.nan, 24]),
+    ):
+        np.testing.assert_array_equal(found, expected)
+    assert stride_chart(line)
+    write_samples(folder / "pictures", [4, 7], truth=False)
+    key_frame, other = [block for block in samples(read_stream_run(folder)).blocks if isinstance(block, Panels)]
+    assert (key_frame.title, other.title) == ("Frame 4: scene cut, key frame", "Frame 7")
+    assert (key_frame.note, other.note) == ("accuracy 25.0 before, 94.0 after 3 updates; then a stride of 32", "")
 
 
 def test_many_large_sample_frames_stay_below_5_mb(tmp_path):
