@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Iterator
 
 from dance_seg.errors import DataError
 from dance_seg.sample import Frame
-from datamodules.video import positive, whole
 
 POLICIES = ("drop_oldest", "drop_newest")
 
@@ -37,7 +36,11 @@ def paced(
     """
     if policy not in POLICIES:
         raise ValueError(f"policy is {policy!r}; choose {' or '.join(POLICIES)}")
-    return Paced(frames, realtime, whole(queue, "queue", 1), policy, positive(timeout, "timeout", 3600.0), clock)
+    if queue < 1:
+        raise ValueError(f"queue is {queue}; at least 1 frame has to be able to wait")
+    if not 0 < timeout <= 3600:
+        raise ValueError(f"timeout is {timeout}; a number of seconds above 0 and at most 3600")
+    return Paced(frames, realtime, queue, policy, timeout, clock)
 
 
 class Paced:

@@ -70,11 +70,16 @@ def follow_in_real_time(
 
     Raises what `online.follow` raises, and ValueError for a method other than online.
     """
+    check_real_time(options)
+    return _follow(frames, student, teacher, state_of(state, student, teacher, options), record, left_over)
+
+
+def check_real_time(options: OnlineDistillation) -> None:
+    """Raise ValueError for a method that does not run in real time."""
     if options.method != "online":
         raise ValueError(
             f"distillation.method is {options.method}; only online runs in real time, baselines are measured"
         )
-    return _follow(frames, student, teacher, state_of(state, student, teacher, options), record, left_over)
 
 
 def _follow(

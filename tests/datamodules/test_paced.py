@@ -129,8 +129,8 @@ def test_closing_ends_the_thread_and_closes_the_source():
     ("given", "message"),
     [
         ({"policy": "wait"}, "policy is 'wait'; choose drop_oldest or drop_newest"),
-        ({"queue": 0}, "queue is 0; a whole number of at least 1"),
-        ({"timeout": 0}, "timeout is 0; a number above 0"),
+        ({"queue": 0}, "^queue is 0; at least 1"),
+        ({"timeout": 0}, "^timeout is 0; a number of seconds above 0"),
     ],
 )
 def test_other_values_are_refused_in_words(given, message):

@@ -138,6 +138,35 @@ def test_an_unfinished_stream_without_ground_truth_says_so(tmp_path):
     assert "ground truth" not in text.replace("student, teacher as truth", "")
 
 
+def test_what_a_stream_had_to_cope_with_is_told(tmp_path):
+    folder = write_stream_run(tmp_path / "run")
+    scores = json.loads((folder / "scores.json").read_text())
+    assert "had to cope with" not in text_of(write_stream_report(folder))
+    scores |= {"late": 5, "passed_over": 2, "teacher_failures": 4, "problems": {"unreadable": 3}}
+    scores["real_time"] = {"dropped": 7, "longest_delay": 0.25}
+    (folder / "scores.json").write_text(json.dumps(scores))
+    text = text_of(write_stream_report(folder))
+    for said in (
+        "7 frames were dropped, and the longest delay was 0.25 s",
+        "key frames came 5 frames late in all",
+        "2 frames came again or out of order",
+        "frames left out or changed: 3 unreadable",
+        "the teacher failed 4 times",
+    ):
+        assert said in text, said
+
+
+def test_a_miou_says_which_classes_it_is_over_where_that_matters(tmp_path):
+    folder = write_stream_run(tmp_path / "run")
+    assert "foreground 8" not in text_of(write_stream_report(folder))
+    scores = json.loads((folder / "scores.json").read_text())
+    scores["against_teacher"]["miou_foreground"] = 80.0
+    (folder / "scores.json").write_text(json.dumps(scores))
+    text = text_of(write_stream_report(folder))
+    assert "84.50 points 360 frames, before any update; over all classes, 80.00 over the foreground" in text
+    assert "mIoU, foreground 80.0 – –" in text
+
+
 def test_a_sample_says_what_happened_on_its_frame(tmp_path):
     folder = write_stream_run(tmp_path / "run", pictures=0)
     write_samples(folder / "pictures", [0, CUTS[0]], truth=False)
