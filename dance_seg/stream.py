@@ -262,7 +262,7 @@ class StreamRunFiles:
             self._note_pace(pace)  # of frames that were dropped after the last one
         self._is_over = self.state.position > 0
         if self._last is None and self._is_over:  # it was stopped exactly at its end, and nothing came any more
-            with suppress(DataError), closing(watched(self.source.frames(self.state.position - 1), [])) as frames:
+            with suppress(Exception), closing(watched(self.source.frames(self.state.position - 1), [])) as frames:
                 self._last = next(frames, None)
         if self._last is not None:
             self._alone = seconds_alone(self.state, self.teacher, self._last)

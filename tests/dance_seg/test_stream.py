@@ -206,12 +206,12 @@ def test_a_camera_that_stands_still_stops_it_with_the_state_saved(tmp_path):
         yield from frames[:3]
         again.wait(20)
 
-    with pytest.raises(DataError, match=r"no frame came within 1 s after 3 frames \(the state after 3 frames is saved"):
+    with pytest.raises(DataError, match=r"within 0.5 s after 3 frames \(the state after 3 frames is saved"):
         follow_stream(
             recipe,
             source_of(recipe, stalling),
             tmp_path / "run",
-            pace=lambda frames: paced(frames, timeout=1.0),
+            pace=lambda frames: paced(frames, timeout=0.5),
             progress=False,
         )
     again.set()
