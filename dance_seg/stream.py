@@ -208,8 +208,7 @@ class StreamRunFiles:
         """Stand where the newest whole checkpoint says; returns the index of the first frame to follow."""
         found = newest_valid(self.folder / "checkpoints", "step-*.ckpt")
         if found is None:
-            if self.metrics.path.exists():  # of a run that was killed before its first checkpoint
-                self.metrics.mark_resumed(-1)
+            self._give_up_from(0)
             return 0
         path, checkpoint = found
         stream = checkpoint["stream"]
@@ -225,7 +224,7 @@ class StreamRunFiles:
         self._pace = dict(stream.get("real_time") or {})
         self._dropped_before = int(self._pace.get("dropped", 0))
         self._saved_position = self.state.position
-        self.metrics.mark_resumed(self.state.position - 1)
+        self._give_up_from(self.state.position)
         return self.state.position
 
     def frames(self, start: int) -> Iterator[Frame]:
@@ -304,6 +303,15 @@ class StreamRunFiles:
     def problems(self) -> dict[str, int]:
         """Frames that the source left out or changed, by kind."""
         return dict(self._problems_before + Counter(self._problems))
+
+    def _give_up_from(self, position: int) -> None:
+        """Give up rows and pictures of frames that were followed after what was saved: in real time others come now."""
+        if self.metrics.path.exists():
+            self.metrics.mark_resumed(position - 1)
+        for picture in self.samples.folder.glob("*_*.png"):
+            index = picture.name.partition("_")[0]
+            if index.isdecimal() and int(index) >= position:
+                picture.unlink()
 
     def _note_pace(self, pace: Pace) -> None:
         longest = max(pace.longest_delay, self._pace.get("longest_delay", 0.0))

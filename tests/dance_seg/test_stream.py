@@ -294,14 +294,16 @@ def test_what_was_dropped_late_and_left_out_before_an_interruption_still_counts(
     assert [(row["step"], row["stream/dropped"]) for row in rows] == [(0, 0), (2, 1), (4, 2)]
 
 
-def test_rows_of_a_run_that_was_killed_before_its_first_checkpoint_are_given_up(tmp_path, monkeypatch):
+def test_rows_and_pictures_of_a_run_that_was_killed_before_its_first_checkpoint_are_given_up(tmp_path, monkeypatch):
     recipe = tiny_stream(*SHORT)
     with monkeypatch.context() as killed:
         killed.setattr(dance_seg.stream.StreamRunFiles, "save", lambda self: os.stat("/nowhere"))
         with pytest.raises(OSError, match="nowhere"):
             follow(recipe, tmp_path / "run", stop_after=4)
     assert len(rows_of(tmp_path / "run")) == 4
+    (tmp_path / "run" / "pictures" / "000003_image.png").touch()
     follow(recipe, tmp_path / "run", pace=EveryOther)
+    assert not (tmp_path / "run" / "pictures" / "000003_image.png").exists()
     assert [row["step"] for row in rows_of(tmp_path / "run")] == [0, 2, 4]
 
 
