@@ -10,10 +10,11 @@ any other: `tools.predict` and `tools.export` take it.
 import copy
 import json
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, suppress
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from statistics import median
 from typing import Any, Protocol
@@ -93,44 +94,59 @@ def follow_stream(
         say(f"{folder} is finished; give another name= to follow anew")
         return folder
     student, student_recipe, structure = build_student(recipe, teacher.classes)
-    run = StreamRunFiles(folder, recipe, student_recipe, structure, source, teacher, student)
-    start = run.resume()
-    if start:
-        say(f"Going on after frame {start - 1}")
-    film = Film(overlay, source.frames_per_second, run.palette, run.classes, start) if overlay is not None else None
-    broken: list[Exception] = []
-    frames: Iterable[Frame] = seeded(source.frames(start), recipe.seed, broken)
-    paced = pace(frames) if pace is not None else None
-    if paced is not None:
-        stream = follow_in_real_time(paced, student, teacher, options, state=run.state)
-    else:
-        known = source.num_frames
-        stream = follow(frames, student, teacher, options, state=run.state, num_frames=known, seed=recipe.seed)
-    judge = teacher if options.score_every_frame and paced is None else None
-    bar = ProgressBar(run, source, progress)
-    try:
-        with NotedSignals() as noted:
-            for number, (followed, labels, found) in enumerate(scored(stream, run.scores, judge), start=1):
-                run.take(followed, labels, found, paced)
-                bar.show(followed, found)
-                if film is not None:
-                    film.add(followed)
-                if noted.number or number == stop_after:
-                    break
-            else:
-                run.finish()
-        run.save()
-    except (DataError, TeacherError) as error:
-        if isinstance(error, TeacherError) or error in broken:  # nothing was learnt from the frame at hand
+    broken: list[Exception] = []  # what frames could not be had by
+    with ExitStack() as opened:  # closed in the reverse order, each also where closing another fails
+        run = StreamRunFiles(folder, recipe, student_recipe, structure, source, teacher, student)
+        opened.callback(run.close)
+        start = run.resume()
+        if start:
+            say(f"Going on after frame {start - 1}")
+        film: Film | None = None
+        if overlay is not None:
+            film = Film(overlay, source.frames_per_second, run.palette, run.classes, start)
+            opened.callback(film.close)
+        frames = seeded(watched(run.frames(start), broken), recipe.seed)
+        paced: Pace | None = None
+        if pace is None:
+            opened.callback(frames.close)
+            known = source.num_frames
+            stream = follow(frames, student, teacher, options, state=run.state, num_frames=known, seed=recipe.seed)
+        else:
+            paced = pace(begun(frames) if start else frames)  # which closes the frames: its thread reads them
+            opened.callback(paced.close)
+            stream = follow_in_real_time(
+                watched(paced, broken),
+                student,
+                teacher,
+                options,
+                state=run.state,
+                left_over=run.scores.add_left_over,
+            )
+        opened.callback(stream.close)
+        judge = teacher if options.score_every_frame and paced is None else None
+        bar = ProgressBar(run, source, progress)
+        opened.callback(bar.close)
+        try:
+            with NotedSignals() as noted:
+                for number, (followed, labels, found) in enumerate(scored(stream, run.scores, judge), start=1):
+                    run.take(followed, labels, found, paced)
+                    bar.show(followed, found)
+                    if film is not None:
+                        film.add(followed)
+                    if noted.number or number == stop_after:
+                        break
+                else:
+                    run.finish(paced)
+                stream.close()  # in real time what is being learnt is finished and counted first
             run.save()
+        except Exception as error:
+            if not isinstance(error, TeacherError) and error not in broken:
+                raise
+            run.save()  # nothing was learnt from the frame at hand
+            kind = TeacherError if isinstance(error, TeacherError) else DataError
+            said = error if isinstance(error, ValueError) else f"{source.name}: {type(error).__name__}: {error}"
             saved = f"the state after {run.state.position} frames is saved in {folder}"
-            raise type(error)(f"{error} ({saved})") from error
-        raise
-    finally:
-        bar.close()
-        for part in (stream, paced, film, run):
-            if part is not None:
-                part.close()  # type: ignore[union-attr]
+            raise kind(f"{said} ({saved})") from error
     if noted.number:
         raise StoppedBySignal(noted.number)
     return folder
@@ -154,7 +170,9 @@ class StreamRunFiles:
         self.classes, self.palette = tuple(teacher.classes), palette_of(source, teacher)
         self.state = StreamState.start(student, teacher.classes, recipe.distillation)
         self.source, self.structure = source, structure
-        self.price = pricing(student, teacher, recipe.distillation)
+        # What is counted is a copy: in real time another thread teaches the student meanwhile.
+        self._counted = copy.deepcopy(student)
+        self.price = pricing(self._counted, teacher, recipe.distillation)
         # Temporal stability takes up to four optical flows a frame: not for a camera that never ends.
         follows_motion = source.num_frames is not None
         self.scores = StreamScores(self.classes, recipe.distillation, price=self.price, stability=follows_motion)
@@ -168,7 +186,10 @@ class StreamRunFiles:
         self._saved_at, self._saved_position = time.monotonic(), -1
         self._last: Frame | None = None
         self._alone: dict[str, float] | None = None
+        self._is_over = False  # whether the stream was followed to its end
         self._pace: dict[str, float] = {}
+        self._dropped_before, self._problems_before = 0, Counter[str]()  # by the calls that this one goes on after
+        self._problems: Mapping[str, int] = {}
         note(folder, classes=list(self.classes), source=source.name, num_frames=source.num_frames)
         tracking = recipe.tracking
         self.tracker = guarded_wandb_logger(
@@ -187,6 +208,7 @@ class StreamRunFiles:
         """Stand where the newest whole checkpoint says; returns the index of the first frame to follow."""
         found = newest_valid(self.folder / "checkpoints", "step-*.ckpt")
         if found is None:
+            self._give_up_from(0)
             return 0
         path, checkpoint = found
         stream = checkpoint["stream"]
@@ -198,9 +220,18 @@ class StreamRunFiles:
             raise ValueError(f"{path}: {error}") from error
         self.scores.load_state_dict(stream["scores"])
         self.samples.counts = dict(stream["samples"])
+        self._problems_before = Counter(stream.get("problems", {}))
+        self._pace = dict(stream.get("real_time") or {})
+        self._dropped_before = int(self._pace.get("dropped", 0))
         self._saved_position = self.state.position
-        self.metrics.mark_resumed(self.state.position - 1)
+        self._give_up_from(self.state.position)
         return self.state.position
+
+    def frames(self, start: int) -> Iterator[Frame]:
+        """The frames from `start` on."""
+        found = self.source.frames(start)
+        self._problems = getattr(self.source, "problems", {})  # from now on: a source counts anew for each call
+        return found
 
     def take(
         self, followed: Followed, labels: np.ndarray | None, found: Mapping[str, float], pace: Pace | None
@@ -208,38 +239,52 @@ class StreamRunFiles:
         """Write what became of a frame."""
         row = {**figures(followed), **found}
         if pace is not None:
-            row |= {"stream/delay_ms": 1000 * pace.delay, "stream/dropped": pace.dropped}
-            self._pace = {"dropped": pace.dropped, "longest_delay": pace.longest_delay}
+            self._note_pace(pace)
+            row |= {"stream/delay_ms": 1000 * pace.delay, "stream/dropped": self._pace["dropped"]}
         index = followed.frame.index
         self.metrics.append(index, row)
         self._last = followed.frame
         if self.tracker is not None and (followed.key_frame or index % self.recipe.trainer.log_every == 0):
             self.tracker.log_metrics(row, index)
-        if self.samples.wants(followed):
-            masks = self.samples.keep(followed, labels)
+        sample, of_teacher = (followed, labels) if pace is None else known_by_now(followed)
+        if sample is not None and self.samples.wants(sample):
+            masks = self.samples.keep(sample, of_teacher)
             if self.tracker is not None:
                 shown = {name: [mask] for name, mask in masks.items()}
-                self.tracker.log_images("stream/samples", [followed.frame.image], shown, self.classes, index)
+                self.tracker.log_images("stream/samples", [sample.frame.image], shown, self.classes, index)
         if time.monotonic() - self._saved_at >= 60 * self.recipe.trainer.save_every_minutes:
             self.save()
 
-    def finish(self) -> None:
+    def finish(self, pace: Pace | None) -> None:
         """The stream is over: measure each part by itself, for the cost model."""
+        if pace is not None:
+            self._note_pace(pace)  # of frames that were dropped after the last one
+        self._is_over = self.state.position > 0
+        is_known = self.source.num_frames is not None  # a camera would be opened again, for another frame
+        if self._last is None and self._is_over and is_known:  # it was stopped exactly at its end, and nothing came
+            with suppress(Exception), closing(watched(self.source.frames(self.state.position - 1), [])) as frames:
+                self._last = next(frames, None)
         if self._last is not None:
             self._alone = seconds_alone(self.state, self.teacher, self._last)
 
     def save(self) -> None:
         """Write scores, costs and the state, whole or not at all; nothing where nothing came since the last time."""
-        if self.state.position == self._saved_position and self._alone is None:
+        if self.state.position == self._saved_position and not self._is_over:
             return
+        state = self.state.record()  # first: it refuses to be saved where learning failed
         self._write_figures()
-        state = self.state.record()
         student = state.pop("student")
         checkpoint = {
             "global_step": self.state.position,
             "dance_seg": self._record,
             "state_dict": {f"model.{name}": tensor for name, tensor in student.items()},
-            "stream": {"state": state, "scores": self.scores.state_dict(), "samples": dict(self.samples.counts)},
+            "stream": {
+                "state": state,
+                "scores": self.scores.state_dict(),
+                "samples": dict(self.samples.counts),
+                "problems": self.problems(),
+                "real_time": self._pace or None,
+            },
             **({"structure": self.structure} if self.structure is not None else {}),
         }
         folder = self.folder / "checkpoints"
@@ -247,7 +292,7 @@ class StreamRunFiles:
         forget_older(folder)
         self.metrics.sync()
         self._saved_at, self._saved_position = time.monotonic(), self.state.position
-        if self._alone is not None:
+        if self._is_over:
             note(self.folder, finished=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
 
     def close(self) -> None:
@@ -256,18 +301,46 @@ class StreamRunFiles:
         if self.tracker is not None:
             self.tracker.finish()
 
+    def problems(self) -> dict[str, int]:
+        """Frames that the source left out or changed, by kind."""
+        return dict(self._problems_before + Counter(self._problems))
+
+    def _give_up_from(self, position: int) -> None:
+        """Give up rows and pictures of frames that were followed after what was saved: in real time others come now."""
+        if self.metrics.path.exists():
+            self.metrics.mark_resumed(position - 1)
+        for picture in self.samples.folder.glob("*_*.png"):
+            index = picture.name.partition("_")[0]
+            if index.isdecimal() and int(index) >= position:
+                picture.unlink()
+
+    def _note_pace(self, pace: Pace) -> None:
+        longest = max(pace.longest_delay, self._pace.get("longest_delay", 0.0))
+        self._pace = {"dropped": self._dropped_before + pace.dropped, "longest_delay": longest}
+
     def _write_figures(self) -> None:
         scores_ = self.scores.record()
         counted = {name: getattr(self.state, name) for name in ("teacher_failures", "passed_over", "late")}
-        counted |= {"problems": dict(getattr(self.source, "problems", {})), "real_time": self._pace or None}
+        counted |= {"problems": self.problems(), "real_time": self._pace or None}
         write_text(self.folder / "scores.json", _json({**scores_, **counted}))
         costs: dict[str, Any] = {"stream": self.scores.costs(self._alone)}
         if self._last is not None:
             assert self.recipe.distillation is not None
             height, width = self._last.image.shape[:2]
             seen = downsampled_size((height, width), self.recipe.distillation.resolution)
-            costs["inference"] = count_macs(self.state.student, seen).as_record()
+            costs["inference"] = count_macs(self._counted, seen).as_record()
         write_text(self.folder / "cost.json", _json(costs))
+
+
+def known_by_now(followed: Followed) -> tuple[Followed | None, np.ndarray | None]:
+    """In real time: the frame that can be a sample now, with the teacher's labels of it.
+
+    A key frame can when it was taught. Else a frame at which the scene changes can, without labels.
+    """
+    if followed.asked is not None and followed.teaching is not None:
+        frame, prediction = followed.asked
+        return followed._replace(frame=frame, prediction=prediction, key_frame=True), followed.teaching.labels
+    return (followed if followed.frame.cut and not followed.key_frame else None), None
 
 
 def label_record(source: Source, classes: Sequence[str], palette: Sequence[tuple[int, int, int]]) -> dict[str, Any]:
@@ -278,18 +351,36 @@ def label_record(source: Source, classes: Sequence[str], palette: Sequence[tuple
     return {"classes": list(classes), "palette": [list(color) for color in palette], "table": table}
 
 
-def seeded(frames: Iterable[Frame], seed: int, broken: list[Exception]) -> Iterator[Frame]:
-    """The frames; before each, torch is seeded by its index, so that resuming cannot change what is drawn for it.
+FrameIterator = Generator[Frame, None, None]  # an iterator that can be closed
 
-    What the frames raise is put into `broken`, and raised.
-    """
+
+def watched(frames: Iterable[Frame], broken: list[Exception]) -> FrameIterator:
+    """The frames, closed with this; what they raise is put into `broken`, and raised."""
     try:
-        for frame in frames:
-            seed_torch(seed, Stream.STEP, frame.index)
-            yield frame
+        yield from frames
     except Exception as error:
         broken.append(error)
         raise
+
+
+def seeded(frames: FrameIterator, seed: int) -> FrameIterator:
+    """The frames; before each, torch is seeded by its index, so that resuming cannot change what is drawn for it."""
+    with closing(frames):
+        for frame in frames:
+            seed_torch(seed, Stream.STEP, frame.index)
+            yield frame
+
+
+def begun(frames: FrameIterator) -> FrameIterator:
+    """The frames, the first of them read already: to leave out those before it takes long, and is no stalling."""
+    first = list(islice(frames, 1))
+
+    def all_of_them() -> FrameIterator:
+        with closing(frames):
+            yield from first
+            yield from frames
+
+    return all_of_them()
 
 
 def seconds_alone(state: StreamState, teacher: Teacher, frame: Frame, runs: int = 5) -> dict[str, float]:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Iterator
 
 from dance_seg.errors import DataError
 from dance_seg.sample import Frame
-from datamodules.video import positive, whole
 
 POLICIES = ("drop_oldest", "drop_newest")
 
@@ -37,7 +36,11 @@ def paced(
     """
     if policy not in POLICIES:
         raise ValueError(f"policy is {policy!r}; choose {' or '.join(POLICIES)}")
-    return Paced(frames, realtime, whole(queue, "queue", 1), policy, positive(timeout, "timeout", 3600.0), clock)
+    if queue < 1:
+        raise ValueError(f"queue is {queue}; at least 1 frame has to be able to wait")
+    if not 0 < timeout <= 3600:
+        raise ValueError(f"timeout is {timeout}; a number of seconds above 0 and at most 3600")
+    return Paced(frames, realtime, queue, policy, timeout, clock)
 
 
 class Paced:
@@ -54,10 +57,11 @@ class Paced:
     ) -> None:
         self.delay = 0.0  # seconds that the frame handed on last had waited since it arrived
         self.longest_delay = 0.0
-        self.dropped = 0  # frames that nobody saw
+        self.dropped = 0  # frames that nobody saw, up to when the last one was handed on
         self.passed = 0  # frames that were handed on
         self._frames = iter(frames)
         self._size, self._policy, self._timeout, self._clock = queue, policy, timeout, clock
+        self._dropped = 0  # up to now
         self._waiting: deque[tuple[float, Frame]] = deque()
         self._changed = threading.Condition()
         self._error: BaseException | None = None
@@ -84,6 +88,8 @@ class Paced:
     def _take(self) -> tuple[float, Frame]:
         with self._changed:
             in_time = self._changed.wait_for(lambda: self._waiting or self._is_over, self._timeout)
+            # Those that are dropped from here on are not missing yet to who stops at this frame and goes on after it.
+            self.dropped = self._dropped
             if self._waiting:
                 return self._waiting.popleft()
             if not in_time:
@@ -116,7 +122,7 @@ class Paced:
     def _put(self, frame: Frame) -> None:
         with self._changed:
             if len(self._waiting) >= self._size:
-                self.dropped += 1
+                self._dropped += 1
                 if self._policy == "drop_newest":
                     return
                 self._waiting.popleft()

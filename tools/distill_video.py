@@ -34,19 +34,26 @@ def main() -> int:
     arguments = arguments_parser.parse_intermixed_args()
     if arguments.frames is not None and arguments.frames < 1:
         raise ValueError(f"--frames is {arguments.frames}; at least 1")
+    if arguments.queue < 1:
+        raise ValueError(f"--queue is {arguments.queue}; at least 1 frame has to be able to wait")
     from dance_seg.recipe import load_recipe
+    from datamodules.paced import POLICIES, paced
 
+    if arguments.policy not in POLICIES:
+        raise ValueError(f"--policy is {arguments.policy!r}; choose {' or '.join(POLICIES)}")
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     if recipe.distillation is None:
         raise ValueError(f"{arguments.recipe}: has no section distillation; train it by python -m tools.train")
+    from dance_seg.distillation.real_time import check_real_time
     from dance_seg.report.stream_page import write_stream_report
     from dance_seg.signals import StoppedBySignal
     from dance_seg.stream import follow_stream
     from dance_seg.teachers import build_teacher
     from datamodules import build_datamodule
-    from datamodules.paced import paced
     from datamodules.video import build_source
 
+    if arguments.real_time:
+        check_real_time(recipe.distillation)
     source = build_source(recipe)
     teacher = build_teacher(recipe, source, teachers=arguments.runs / "teachers", build_datamodule=build_datamodule)
     pace: Callable[..., Any] | None = None
@@ -85,6 +92,8 @@ def described(figures: dict[str, Any]) -> list[str]:
     >>> described({"scores": {"frames": 0}, "stream": {}})
     ['no frame was followed']
     """
+    from dance_seg.report.stream_page import foreground_miou, incidents
+
     scores, costs = figures["scores"], figures.get("stream", {})
     if not scores.get("frames"):
         return ["no frame was followed"]
@@ -98,7 +107,9 @@ def described(figures: dict[str, Any]) -> list[str]:
         if found:
             frames = scores["frames_against_teacher" if key == "against_teacher" else "frames_against_truth"]
             counted = f" ({frames:,} frames)" if key != "teacher_against_truth" else ""
-            lines.append(f"mIoU {found['miou']:6.2f}  {what}{counted}")
+            foreground = foreground_miou(found)
+            of = "" if foreground is None else f", over all classes; {foreground:.2f} over the foreground"
+            lines.append(f"mIoU {found['miou']:6.2f}  {what}{counted}{of}")
     lines.append(
         f"{scores['frames']:,} frames, the teacher on {scores['key_frames']:,} "
         f"({100 * scores['teacher_fraction']:.1f} %), {scores['updates']:,} updates"
@@ -120,11 +131,7 @@ def described(figures: dict[str, Any]) -> list[str]:
         if said
         else "GMACs  the teacher's are not known"
     )
-    if waited := scores.get("real_time"):
-        delay = waited["longest_delay"]
-        lines.append(f"real time  {waited['dropped']} frames dropped, the longest delay {delay:.2f} s")
-    if scores.get("teacher_failures"):
-        lines.append(f"the teacher failed {scores['teacher_failures']} times")
+    lines += incidents(scores)
     return lines
 
 

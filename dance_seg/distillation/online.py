@@ -9,7 +9,7 @@ Accuracies are in [0, 1] like the threshold they are compared with; figures hand
 
 import time
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -27,6 +27,13 @@ class TeacherError(ValueError):
     """A teacher failed where the recipe says to stop; the state is that before the frame."""
 
 
+class Asked(NamedTuple):
+    """A frame that the teacher was asked of beside the stream."""
+
+    frame: Frame
+    prediction: np.ndarray  # (H, W) uint8, made before anything was learnt from it
+
+
 class Followed(NamedTuple):
     """What became of one frame."""
 
@@ -41,7 +48,12 @@ class Followed(NamedTuple):
     stride: int  # frames to the next key frame, as decided last
     seconds: Mapping[str, float]  # student, teacher, updates; 0 for what did not run
     scored: bool = True  # False in the part that an offline student learns from
-    taught: int | None = None  # in real time: the frame that teaching, updates and accuracies are of; None: this one
+    asked: Asked | None = None  # in real time: the frame that teaching, updates and accuracies are of; None: this one
+
+    @property
+    def taught(self) -> int | None:
+        """The index of the frame that was asked of."""
+        return None if self.asked is None else self.asked.frame.index
 
 
 # The loop ---------------------------------------------------------------------------------------------------------
@@ -58,7 +70,7 @@ def follow(
     key_frames: Collection[int] | None = None,
     num_frames: int | None = None,
     seed: int = 0,
-) -> Iterator[Followed]:
+) -> Generator[Followed, None, None]:
     """Follow a video by the options' method, each frame in turn: yields what became of each, when it is done with it.
 
     `record` gets the figures of each frame. `state` is where to go on: a StreamState, which the caller keeps and may
@@ -96,7 +108,7 @@ def _follow(
     state: StreamState,
     record: Callable[[dict[str, Any]], None] | None,
     schedule: Schedule,
-) -> Iterator[Followed]:
+) -> Generator[Followed, None, None]:
     follow_frame = METHODS[state.options.method]
     for frame in frames:
         if frame.index < state.position:
@@ -108,12 +120,16 @@ def _follow(
         except TeacherError:
             raise
         except ValueError as error:
-            rate = f"distillation.learning_rate is {state.options.learning_rate:g}"
-            raise ValueError(f"frame {frame.index}: {error}; {rate}") from error
+            raise told(error, frame, state.options) from error
         finish(state, followed)
         if record is not None:
             record(figures(followed))
         yield followed
+
+
+def told(error: ValueError, frame: Frame, options: OnlineDistillation) -> ValueError:
+    """What student or updates failed by, with the frame and with what is to blame more often than not."""
+    return ValueError(f"frame {frame.index}: {error}; distillation.learning_rate is {options.learning_rate:g}")
 
 
 def state_of(

@@ -115,9 +115,10 @@ class StreamScores:
 
     Scores of classes are over all frames together: one confusion matrix. `miou` is the mean over all classes found,
     `miou_foreground` over those of the foreground, which is the paper's. Frames before `score_from` are paid for and
-    not scored, so that methods can be compared on the part of a stream that one of them did not learn from. A window
-    is so many frames of the stream. With `stability` temporal consistency is measured, which takes two optical flows a
-    frame, and two more for the teacher. `price` gives the MACs of each part.
+    not scored, so that methods can be compared on the part of a stream that one of them did not learn from. In real
+    time a frame that the teacher was asked of is scored against it when its labels come back, by what was predicted of
+    it then. A window is so many frames of the stream. With `stability` temporal consistency is measured, which takes
+    two optical flows a frame, and two more for the teacher. `price` gives the MACs of each part.
     """
 
     def __init__(
@@ -154,8 +155,7 @@ class StreamScores:
 
         `teacher_labels` are the teacher's where it was asked for scores alone, which took `judging_seconds`.
         """
-        own_teaching = followed.teaching is not None and followed.taught in (None, followed.frame.index)
-        if teacher_labels is None and own_teaching and followed.teaching is not None:
+        if teacher_labels is None and followed.teaching is not None and followed.asked is None:
             teacher_labels = followed.teaching.labels
         self._pay(followed, judging_seconds)
         index = followed.frame.index
@@ -163,14 +163,26 @@ class StreamScores:
             self._close_window()
             self._current = Counts(len(self.classes), index)
         found: dict[str, float] = {}
-        for counts in (self.total, self._current):
+        for counts in self._counting():
             counts.frames += 1
             counts.taught += followed.teaching is not None
             counts.updates += followed.updates
         if followed.scored and index >= self.score_from:
-            found = self._score(followed, teacher_labels)
+            found = self._score_against_truth(followed)
+            if teacher_labels is not None:
+                found |= self._score_against_teacher(followed.frame, followed.prediction, teacher_labels)
+        if teacher_labels is None:
+            found |= self._score_asked(followed)
         self._follow_motion(followed, teacher_labels)
         return {**found, **self._times_cheaper()}
+
+    def add_left_over(self, followed: Followed) -> None:
+        """Count what came back after the last frame of a stream in real time: what was taught, and no frame more."""
+        self._pay(followed, 0.0, frames=0)
+        for counts in self._counting():
+            counts.taught += followed.teaching is not None
+            counts.updates += followed.updates
+        self._score_asked(followed)
 
     def record(self) -> dict[str, Any]:
         """The scores so far, for scores.json. A score is None where nothing was counted."""
@@ -257,11 +269,14 @@ class StreamScores:
             index, shape = state["last"]
             self._last = Frame(index, 0.0, np.empty(shape, np.uint8))  # its place and size are all that is asked of it
 
-    def _pay(self, followed: Followed, judging_seconds: float) -> None:
+    def _counting(self) -> list[Counts]:
+        return [self.total] if self._current is None else [self.total, self._current]
+
+    def _pay(self, followed: Followed, judging_seconds: float, frames: int = 1) -> None:
         for part, seconds in followed.seconds.items():
             self.seconds[part] += seconds
         ran = {
-            "student": int(self.options.method in ("online", "frozen", "offline")),
+            "student": frames * int(self.options.method in ("online", "frozen", "offline")),
             "teacher": int(followed.teaching is not None),
             "updates": followed.updates,
         }
@@ -280,33 +295,39 @@ class StreamScores:
             return
         once = (price.student, price.teacher, price.update)
         self.macs = [paid + times * macs for paid, times, macs in zip(self.macs, ran.values(), once, strict=True)]
-        self.teacher_macs += price.teacher
+        self.teacher_macs += frames * price.teacher
 
-    def _score(self, followed: Followed, teacher_labels: np.ndarray | None) -> dict[str, float]:
-        found: dict[str, float] = {}
-        assert self._current is not None
-        truth, num_classes = followed.frame.label, len(self.classes)
-        if teacher_labels is not None:
-            matrix = confusion_matrix(followed.prediction, teacher_labels, num_classes)
-            if (miou := self._foreground(matrix)) is not None:
-                found["stream/accuracy"] = miou
-            for counts in (self.total, self._current):
-                counts.against_teacher += matrix
-                counts.frames_against_teacher += 1
-        if truth is not None:
-            matrix = confusion_matrix(followed.prediction, truth, num_classes)
-            if (miou := self._foreground(matrix)) is not None:
-                found["stream/accuracy_truth"] = miou
-            for counts in (self.total, self._current):
-                counts.against_truth += matrix
-                counts.frames_against_truth += 1
-        if truth is not None and teacher_labels is not None:
+    def _score_asked(self, followed: Followed) -> dict[str, float]:
+        """In real time: what was predicted of the frame that the teacher was asked of, before it was learnt from."""
+        if followed.asked is None or followed.teaching is None or followed.asked.frame.index < self.score_from:
+            return {}
+        return self._score_against_teacher(*followed.asked, followed.teaching.labels)
+
+    def _score_against_teacher(self, frame: Frame, prediction: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+        num_classes, counted = len(self.classes), self._counting()
+        matrix = confusion_matrix(prediction, labels, num_classes)
+        for counts in counted:
+            counts.against_teacher += matrix
+            counts.frames_against_teacher += 1
+        miou = self._foreground(matrix)
+        if frame.label is not None:
             # Where the teacher does not know, it says nothing that could be scored.
-            known = np.where(teacher_labels < num_classes, truth, IGNORE).astype(np.uint8)
-            matrix = confusion_matrix(teacher_labels, known, num_classes)
-            for counts in (self.total, self._current):
+            known = np.where(labels < num_classes, frame.label, IGNORE).astype(np.uint8)
+            matrix = confusion_matrix(labels, known, num_classes)
+            for counts in counted:
                 counts.teacher_against_truth += matrix
-        return found
+        return {} if miou is None else {"stream/accuracy": miou}
+
+    def _score_against_truth(self, followed: Followed) -> dict[str, float]:
+        truth = followed.frame.label
+        if truth is None:
+            return {}
+        matrix = confusion_matrix(followed.prediction, truth, len(self.classes))
+        for counts in self._counting():
+            counts.against_truth += matrix
+            counts.frames_against_truth += 1
+        miou = self._foreground(matrix)
+        return {} if miou is None else {"stream/accuracy_truth": miou}
 
     def _follow_motion(self, followed: Followed, teacher_labels: np.ndarray | None) -> None:
         """Temporal consistency of neighbouring frames of one scene; the teacher's where it labels both."""
@@ -383,7 +404,7 @@ def scored(
     has_failed = False
     for followed in stream:
         failure: Exception | None = None
-        labels = followed.teaching.labels if followed.teaching is not None and followed.taught is None else None
+        labels = followed.teaching.labels if followed.teaching is not None and followed.asked is None else None
         seconds = 0.0
         if labels is None and teacher is not None:
             began = time.perf_counter()

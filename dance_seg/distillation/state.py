@@ -43,6 +43,7 @@ class StreamState:
     kept: list[tuple[np.ndarray, Teaching]] = field(default_factory=list)  # what `offline` learns from
     trained: bool = False  # whether `offline` has learnt
     lock: Any = field(default_factory=threading.Lock, repr=False)  # in real time weights change in another thread
+    failure: Exception | None = field(default=None, repr=False)  # what an update failed by there
 
     @classmethod
     def start(cls, student: nn.Module, classes: Iterable[str], options: OnlineDistillation) -> "StreamState":
@@ -75,9 +76,12 @@ class StreamState:
         """Plain data and tensors on the CPU, copied: what a checkpoint keeps.
 
         In real time it waits for updates that are being made. They are then in the weights, while the stride they lead
-        to may not be: resuming repeats that key frame.
+        to may not be: resuming repeats that key frame. Raises ValueError when updates failed: their weights are not to
+        be kept.
         """
         with self.lock:
+            if self.failure is not None:
+                raise ValueError(str(self.failure)) from self.failure
             return {
                 "global_step": self.position,
                 "options": plain(self.options),

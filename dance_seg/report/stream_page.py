@@ -26,6 +26,7 @@ from dance_seg.report.page import (
     Chart,
     Key,
     Legend,
+    Lines,
     Page,
     Panel,
     Panels,
@@ -56,6 +57,8 @@ from dance_seg.report.timeline import Timeline, accuracy_chart, cost_chart, stri
 MOST_SAMPLES = 16
 SAMPLE_BYTES = 3_200_000  # of sample frames in a page
 _SAMPLE = re.compile(r"(\d+)_image\.png")
+LESSON = ("accuracy", "accuracy_before", "accuracy_after", "updates", "stride")
+"""What the row of a key frame says of its teaching; in real time the row before which that came back says it."""
 COST_KINDS = {"student": "student, every frame", "teacher": "teacher, key frames", "updates": "updates of the student"}
 
 
@@ -81,10 +84,28 @@ class StreamRun:
         """How the stream was followed, such as online."""
         return str(self.options.get("method", "online"))
 
+    @property
+    def is_real_time(self) -> bool:
+        """Whether teacher and updates ran beside the stream."""
+        return bool(section(dict(self.scores), "real_time")) or any("stream/taught" in row for row in self.run.rows)
+
     @cached_property
     def frame_rows(self) -> list[Mapping[str, Any]]:
-        """The rows of metrics.jsonl that are about one frame, in order."""
-        return [row for row in self.run.rows if number(row.get("stream/stride")) is not None]
+        """The rows of metrics.jsonl that are about one frame, in order.
+
+        In real time what a key frame taught stands in the row before which it came back; here it is in its own, and key
+        frames of which nothing came back have no stride.
+        """
+        rows = [row for row in self.run.rows if number(row.get("stream/stride")) is not None]
+        if not self.is_real_time:
+            return rows
+        lessons = {f"stream/{name}" for name in LESSON}
+        by_frame = {int(row["step"]): {key: row[key] for key in row.keys() - lessons} for row in rows}
+        for row in rows:
+            taught = number(row.get("stream/taught"))
+            if taught is not None and taught in by_frame:
+                by_frame[int(taught)] |= {key: row[key] for key in row.keys() & lessons}
+        return list(by_frame.values())
 
     @cached_property
     def timeline(self) -> Timeline | None:
@@ -161,6 +182,40 @@ def subtitle(stream: StreamRun) -> str:
     return " · ".join(said)
 
 
+def foreground_miou(scored: Mapping[str, Any]) -> float | None:
+    """The mIoU over the foreground classes, which a threshold goes by, where it is not that over all classes.
+
+    >>> [foreground_miou({"miou": 84.5, "miou_foreground": foreground}) for foreground in (80.0, 84.5)]
+    [80.0, None]
+    """
+    over_all, foreground = number(scored.get("miou")), number(scored.get("miou_foreground"))
+    if over_all is None or foreground is None or abs(over_all - foreground) < 0.005:
+        return None
+    return foreground
+
+
+def incidents(scores: Mapping[str, Any]) -> list[str]:
+    """What a stream had to cope with, in lines; none where nothing was the matter.
+
+    >>> incidents({"late": 0, "passed_over": 2, "problems": {"unreadable": 3}})
+    ['2 frames came again or out of order, and were passed over', 'frames left out or changed: 3 unreadable']
+    """
+    waited, said = section(dict(scores), "real_time"), []
+    if waited:
+        dropped, delay = number(waited.get("dropped")) or 0, number(waited.get("longest_delay")) or 0.0
+        said.append(f"in real time {dropped:,.0f} frames were dropped, and the longest delay was {delay:.2f} s")
+    if late := number(scores.get("late")):
+        said.append(f"key frames came {late:,.0f} frames late in all: teacher and updates were slower than the stride")
+    if passed_over := number(scores.get("passed_over")):
+        said.append(f"{passed_over:,.0f} frames came again or out of order, and were passed over")
+    if problems := section(dict(scores), "problems"):
+        kinds = ", ".join(f"{number(count) or 0:,.0f} {kind}" for kind, count in problems.items())
+        said.append(f"frames left out or changed: {kinds}")
+    if failures := number(scores.get("teacher_failures")):
+        said.append(f"the teacher failed {failures:,.0f} times")
+    return said
+
+
 def cards(stream: StreamRun) -> tuple[Card, ...]:
     """The headline figures, those that are there."""
     found, scores, costs_ = [], stream.scores, stream.costs
@@ -168,11 +223,13 @@ def cards(stream: StreamRun) -> tuple[Card, ...]:
     if against_teacher is not None:
         scored = number(scores.get("frames_against_teacher"))
         note = f"{scored:,.0f} frames, before any update" if scored else ""
+        note += _over_which(section(dict(scores), "against_teacher"))
         found.append(Card("mIoU against the teacher", f"{against_teacher:.2f}", "points", note))
     against_truth = number(section(dict(scores), "against_truth").get("miou"))
     if against_truth is not None:
         teacher = number(section(dict(scores), "teacher_against_truth").get("miou"))
         note = "" if teacher is None else f"the teacher {teacher:.2f}"
+        note += _over_which(section(dict(scores), "against_truth"))
         found.append(Card("mIoU against ground truth", f"{against_truth:.2f}", "points", note))
     ratios = section(dict(costs_), "times_cheaper")
     if (ratio := number(ratios.get("milliseconds"))) is not None:
@@ -192,6 +249,11 @@ def cards(stream: StreamRun) -> tuple[Card, ...]:
         note = "mIoU with the frame before, warped" + ("" if teacher is None else f"; the teacher {teacher:.1f}")
         found.append(Card("Temporal stability", f"{student:.1f}", "points", note))
     return tuple(found)
+
+
+def _over_which(scored: Mapping[str, Any]) -> str:
+    foreground = foreground_miou(scored)
+    return "" if foreground is None else f"; over all classes, {foreground:.2f} over the foreground"
 
 
 def timeline(stream: StreamRun) -> Section:
@@ -227,11 +289,13 @@ def timeline(stream: StreamRun) -> Section:
             wide=True,
         ),
     )
-    notes = ["Accuracy of a frame is the mean IoU over the classes found in either, in points."]
+    notes = ["Accuracy of a frame is the mean IoU over the foreground classes found in either, in points."]
     notes.append("Dashed upright lines are scene cuts." if known_cuts else "Nobody told where scenes change.")
     if (missing := [chart.title for chart in charts if not chart.svg]) != []:
         notes.append(f"Not known: {listed(missing)}.")
-    return Section("The stream", tuple(chart for chart in charts if chart.svg), " ".join(notes))
+    told = incidents(stream.scores)
+    beside = (Lines(tuple(told), title="What it had to cope with"),) if told else ()
+    return Section("The stream", (*(chart for chart in charts if chart.svg), *beside), " ".join(notes))
 
 
 def samples(stream: StreamRun) -> Section:
@@ -284,7 +348,10 @@ def class_scores(stream: StreamRun) -> Section:
         (Cell(name), *(cell(section(dict(scored), "iou").get(name)) for scored in columns.values())) for name in classes
     ]
     mean = (Cell("mIoU"), *(cell(scored.get("miou")) for scored in columns.values()))
-    table = Table(("class", *columns), (*rows, mean), wide=True)
+    means = [mean]
+    if any(foreground_miou(scored) is not None for scored in columns.values()):
+        means.append((Cell("mIoU, foreground"), *(cell(scored.get("miou_foreground")) for scored in columns.values())))
+    table = Table(("class", *columns), (*rows, *means), wide=True)
     return Section(title, (table,), "One confusion matrix over all scored frames; – where a class is in neither.")
 
 

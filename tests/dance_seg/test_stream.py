@@ -3,6 +3,11 @@
 import json
 import os
 import signal
+import threading
+import time
+from collections import Counter
+from functools import partial
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -10,11 +15,12 @@ import pytest
 import torch
 
 import dance_seg.build
+import dance_seg.distillation.scores
 import dance_seg.stream
 from dance_seg.build import build_model
 from dance_seg.checkpoint import newest_valid, save_checkpoint
 from dance_seg.distillation.learning import attempt, images_of
-from dance_seg.distillation.online import Followed, TeacherError
+from dance_seg.distillation.online import Asked, Followed, TeacherError
 from dance_seg.distillation.state import StreamState
 from dance_seg.distillation.teacher import OracleTeacher, Teaching
 from dance_seg.errors import DataError
@@ -24,8 +30,8 @@ from dance_seg.network_slimming.structure import structure_record
 from dance_seg.part import Part
 from dance_seg.predict import load_predictor
 from dance_seg.sample import Frame
-from dance_seg.stream import follow_stream, seconds_alone
-from dance_seg.stream_pictures import MOST_EVENTS, SampleFrames
+from dance_seg.stream import follow_stream, known_by_now, seconds_alone
+from dance_seg.stream_pictures import MOST_EVENTS, Film, SampleFrames
 from dance_seg.teachers import build_student, build_teacher, palette_of, recipe_hash, teacher_recipe, trained
 from datamodules.paced import paced
 from datamodules.scenes import CLASSES
@@ -177,6 +183,159 @@ def test_a_video_that_cannot_be_read_on_stops_it_with_the_state_saved(tmp_path):
     with pytest.raises(DataError, match=r"frame 12 cannot be decoded \(the state after 12 frames is saved"):
         follow_stream(recipe, source, tmp_path / "run", progress=False)
     assert newest_valid(tmp_path / "run" / "checkpoints")[1]["global_step"] == 12
+
+
+SHORT = ("data.args.num_frames=6", "data.args.cuts=null", "distillation.score_every_frame=false")
+
+
+def source_of(recipe, between):
+    """The recipe's video, its frames drawn beforehand and handed on by the generator `between(frames)`."""
+    source = build_source(recipe)
+    drawn = list(source.frames())
+    source.frames = lambda start=0: between(drawn[start:])
+    return source
+
+
+def test_a_stream_stopped_exactly_at_its_end_is_finished_by_the_next_call(tmp_path):
+    recipe = tiny_stream(*SHORT)
+    follow(recipe, tmp_path / "run", stop_after=6)
+    assert "finished" not in read(tmp_path / "run", "run.json")
+    follow(recipe, tmp_path / "run")
+    costs = read(tmp_path / "run", "cost.json")
+    assert read(tmp_path / "run", "run.json")["finished"]
+    assert (costs["stream"]["model"]["seconds"] > 0, costs["inference"]["input_size"]) == (True, [64, 64])
+    assert [row["step"] for row in rows_of(tmp_path / "run")] == list(range(6))
+
+
+def test_a_camera_that_stands_still_stops_it_with_the_state_saved(tmp_path):
+    recipe, again = tiny_stream(*SHORT), threading.Event()
+
+    def stalling(frames):
+        yield from frames[:3]
+        again.wait(20)
+
+    with pytest.raises(DataError, match=r"within 0.5 s after 3 frames \(the state after 3 frames is saved"):
+        follow_stream(
+            recipe,
+            source_of(recipe, stalling),
+            tmp_path / "run",
+            pace=lambda frames: paced(frames, timeout=0.5),
+            progress=False,
+        )
+    again.set()
+    assert newest_valid(tmp_path / "run" / "checkpoints")[1]["global_step"] == 3
+
+
+def test_a_source_that_fails_in_its_own_way_stops_it_with_the_state_saved(tmp_path):
+    recipe = tiny_stream(*SHORT)
+
+    def failing(frames):
+        yield from frames[:3]
+        raise OSError("the cable is out")
+
+    with pytest.raises(DataError, match=r"OSError: the cable is out \(the state after 3 frames is saved"):
+        follow_stream(recipe, source_of(recipe, failing), tmp_path / "run", progress=False)
+    assert newest_valid(tmp_path / "run" / "checkpoints")[1]["global_step"] == 3
+
+
+@pytest.mark.parametrize("real_time", [False, True])
+def test_the_source_is_closed_whatever_goes_wrong(tmp_path, real_time):
+    closed, method = [], "hold" if real_time else "online"
+    recipe = tiny_stream(*SHORT, f"distillation.method={method}", "distillation.learning_rate=1e30")
+
+    def noted(frames):
+        try:
+            yield from frames
+        finally:
+            closed.append(True)
+
+    pace = paced if real_time else None
+    with pytest.raises(ValueError, match="only online runs in real time" if real_time else "finite"):
+        follow_stream(recipe, source_of(recipe, noted), tmp_path / "run", pace=pace, progress=False)
+    assert closed == [True]
+    assert "frames" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_a_film_that_cannot_be_put_in_its_place_keeps_nothing_else_open(tmp_path, monkeypatch):
+    tracker = Tracker()
+    monkeypatch.setattr(dance_seg.stream, "guarded_wandb_logger", lambda folder, **options: tracker)
+    monkeypatch.setattr(Film, "close", lambda self: Path("/nowhere/film.mp4").touch())
+    with pytest.raises(OSError, match="nowhere"):
+        follow(tiny_stream(*SHORT), tmp_path / "run", stop_after=1, overlay=tmp_path / "film.mp4")
+    assert tracker.finished
+
+
+class EveryOther:
+    """A pace that drops every other frame, or all but every so many."""
+
+    delay = 0.5
+
+    def __init__(self, frames, longest_delay=0.5, every=2):
+        self.frames, self.dropped, self.longest_delay, self.every = frames, 0, longest_delay, every
+
+    def __iter__(self):
+        for frame in self.frames:
+            if frame.index % self.every:
+                self.dropped += 1
+            else:
+                yield frame
+
+    def close(self):
+        pass
+
+
+def test_what_was_dropped_late_and_left_out_before_an_interruption_still_counts(tmp_path):
+    recipe, source = tiny_stream(*SHORT), build_source(tiny_stream(*SHORT))
+    whole = source.frames
+
+    def frames(start=0):
+        source.problems = Counter(unreadable=2)
+        return whole(start)
+
+    source.frames = frames
+    for stop, longest in ((2, 0.75), (None, 0.5)):
+        pace = partial(EveryOther, longest_delay=longest)
+        follow_stream(recipe, source, tmp_path / "run", pace=pace, stop_after=stop, progress=False)
+    scores, rows = read(tmp_path / "run", "scores.json"), rows_of(tmp_path / "run")
+    assert scores["problems"] == {"unreadable": 4}
+    assert scores["real_time"] == {"dropped": 3, "longest_delay": 0.75}
+    assert [(row["step"], row["stream/dropped"]) for row in rows] == [(0, 0), (2, 1), (4, 2)]
+
+
+def test_rows_and_pictures_of_a_run_that_was_killed_before_its_first_checkpoint_are_given_up(tmp_path, monkeypatch):
+    recipe = tiny_stream(*SHORT)
+    with monkeypatch.context() as killed:
+        killed.setattr(dance_seg.stream.StreamRunFiles, "save", lambda self: os.stat("/nowhere"))
+        with pytest.raises(OSError, match="nowhere"):
+            follow(recipe, tmp_path / "run", stop_after=4)
+    assert len(rows_of(tmp_path / "run")) == 4
+    (tmp_path / "run" / "pictures" / "000003_image.png").touch()
+    follow(recipe, tmp_path / "run", pace=EveryOther)
+    assert not (tmp_path / "run" / "pictures" / "000003_image.png").exists()
+    assert [row["step"] for row in rows_of(tmp_path / "run")] == [0, 2, 4]
+
+
+def test_leaving_out_what_was_followed_before_is_no_stalling(tmp_path):
+    recipe = tiny_stream(*SHORT)
+
+    def skipping(frames):
+        if len(frames) < 6:
+            time.sleep(1)
+        yield from frames
+
+    def call(stop):
+        return follow_stream(
+            recipe,
+            source_of(recipe, skipping),
+            tmp_path / "run",
+            pace=lambda frames: paced(frames, timeout=0.6),
+            stop_after=stop,
+            progress=False,
+        )
+
+    call(2)
+    call(None)
+    assert read(tmp_path / "run", "run.json")["finished"]
 
 
 def test_weights_that_are_no_numbers_are_not_saved_over_good_ones(tmp_path):
@@ -363,6 +522,72 @@ def test_in_real_time_what_was_dropped_and_late_is_told(tmp_path):
     assert all("stream/delay_ms" in row for row in rows)
 
 
+undropped = partial(EveryOther, every=1)
+
+
+class Noting(OracleTeacher):
+    """Notes the frames that it is asked of, and answers when frame `until` comes."""
+
+    def __init__(self, recipe):
+        self.oracle, self.asked, self.until, self.comes = (
+            build_teacher(recipe, build_source(recipe)),
+            [],
+            0,
+            threading.Event(),
+        )
+        super().__init__(self.oracle.classes, macs=10**9)
+
+    def __call__(self, frame):
+        self.asked.append(frame.index)
+        assert self.comes.wait(20)
+        return self.oracle(frame)
+
+    def pace(self, frames):
+        return undropped(map(self.passing, frames))
+
+    def passing(self, frame):
+        if frame.index == self.until:
+            self.comes.set()
+        return frame
+
+
+def test_in_real_time_a_stream_that_goes_on_keeps_weights_stride_and_scores(tmp_path):
+    """What frame 0 taught is finished when the first call ends, and the next key frame is a stride of 4 later."""
+    recipe = tiny_stream(*SHORT, "distillation.threshold=0.99")
+    teacher = Noting(recipe)
+    teacher.until = 2
+    follow(recipe, tmp_path / "run", teacher=teacher, pace=teacher.pace, stop_after=3)
+    first, scores = weights_of(tmp_path / "run"), read(tmp_path / "run", "scores.json")
+    assert (scores["key_frames"], scores["updates"], scores["frames_against_teacher"]) == (1, 3, 1)
+    assert read(tmp_path / "run", "cost.json")["stream"]["counts"] == {"student": 3, "teacher": 1, "updates": 3}
+    assert not (tmp_path / "run" / "pictures").exists()  # a key frame is a sample when its labels are there
+    follow(recipe, tmp_path / "run", teacher=teacher, pace=teacher.pace, stop_after=1)
+    assert teacher.asked == [0]
+    assert all(torch.equal(first[name], weight) for name, weight in weights_of(tmp_path / "run").items())
+    follow(recipe, tmp_path / "run", teacher=teacher, pace=teacher.pace, stop_after=2)
+    assert teacher.asked == [0, 4]
+    assert read(tmp_path / "run", "scores.json")["updates"] == 6
+    assert [row["step"] for row in rows_of(tmp_path / "run")] == list(range(6))
+
+
+def test_in_real_time_updates_that_diverge_end_it_and_are_not_saved(tmp_path):
+    recipe = tiny_stream(*SHORT, "distillation.learning_rate=1e30")
+    with pytest.raises(ValueError, match=r"frame 0: .*finite.*distillation\.learning_rate is 1e\+30"):
+        follow(recipe, tmp_path / "run", pace=undropped, stop_after=1)
+    assert newest_valid(tmp_path / "run" / "checkpoints") is None
+
+
+def test_costs_are_counted_on_a_copy_that_no_other_thread_teaches(tmp_path, monkeypatch):
+    made, counted, build = [], [], dance_seg.stream.build_student
+    monkeypatch.setattr(dance_seg.stream, "build_student", lambda *given: made.append(build(*given)) or made[0])
+    for module in (dance_seg.stream, dance_seg.distillation.scores):
+        count = partial(lambda count, model, size: counted.append(model) or count(model, size), module.count_macs)
+        monkeypatch.setattr(module, "count_macs", count)
+    follow(tiny_stream(*SHORT), tmp_path / "run", pace=undropped, stop_after=1)
+    assert len(counted) == 2
+    assert all(model is not made[0][0] for model in counted)
+
+
 class Tracker:
     """Keeps what it is told."""
 
@@ -434,6 +659,17 @@ def followed_frame(index, *, key_frame=False, cut=False, updates=0):
     before = 0.5 if key_frame else None
     teaching = Teaching(blank) if key_frame else None
     return Followed(frame, blank, blank, teaching, key_frame, updates, before, before, 8, {})
+
+
+def test_in_real_time_a_sample_is_the_key_frame_itself_with_the_labels_that_came_back_for_it():
+    came_back, asked = followed_frame(9, key_frame=True, updates=2), followed_frame(3)
+    labels = came_back.teaching.labels
+    sample, of_teacher = known_by_now(came_back._replace(asked=Asked(asked.frame, asked.prediction)))
+    assert (sample.frame.index, sample.prediction is asked.prediction, of_teacher is labels) == (3, True, True)
+    assert known_by_now(followed_frame(3)._replace(key_frame=True)) == (None, None)  # its labels are not there yet
+    assert known_by_now(followed_frame(4)) == (None, None)
+    cut = followed_frame(5, cut=True)
+    assert known_by_now(cut) == (cut, None)
 
 
 def test_cuts_and_the_two_key_frames_after_them_are_kept_and_their_number_is_bounded(tmp_path):

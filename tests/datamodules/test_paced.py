@@ -35,6 +35,22 @@ def test_of_frames_that_nobody_takes_the_policy_keeps_as_many_as_the_queue_holds
         assert (stream.passed, stream.dropped) == (3, 7)
 
 
+def test_frames_dropped_while_one_is_worked_on_count_when_the_next_is_taken():
+    more = threading.Event()
+
+    def in_two_parts():
+        yield from frames(1)
+        assert more.wait(10)
+        yield from list(frames(5))[1:]
+
+    with paced(in_two_parts(), queue=1, timeout=10) as stream:
+        assert next(stream).index == 0
+        more.set()
+        assert stream.wait_until_read(10)
+        assert stream.dropped == 0  # 1, 2 and 3 are gone, and who goes on after frame 0 would see them
+        assert (next(stream).index, stream.dropped) == (4, 3)
+
+
 def test_a_queue_without_a_bound_would_keep_every_frame():
     with paced(frames(10), queue=1000, timeout=10) as stream:
         assert stream.wait_until_read(10)
@@ -129,8 +145,8 @@ def test_closing_ends_the_thread_and_closes_the_source():
     ("given", "message"),
     [
         ({"policy": "wait"}, "policy is 'wait'; choose drop_oldest or drop_newest"),
-        ({"queue": 0}, "queue is 0; a whole number of at least 1"),
-        ({"timeout": 0}, "timeout is 0; a number above 0"),
+        ({"queue": 0}, "^queue is 0; at least 1"),
+        ({"timeout": 0}, "^timeout is 0; a number of seconds above 0"),
     ],
 )
 def test_other_values_are_refused_in_words(given, message):

@@ -98,7 +98,34 @@ def test_memory_is_flat_over_ten_thousand_frames(tmp_path, recipe):
 def test_a_camera_stops_after_so_many_frames_and_shows_its_delay(tmp_path, monkeypatch, capsys, recipe):
     options = ("distillation.score_every_frame=false", "data.args.frames_per_second=100", "--frames", 4)
     call(monkeypatch, recipe, *options, "--real-time", "--queue", 2, "--runs", tmp_path)
-    assert "real time  " in capsys.readouterr().out
+    assert "frames were dropped, and the longest delay was" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--queue", 0), "--queue is 0; at least 1"),
+        (("--policy", "wait"), "--policy is 'wait'; choose drop_oldest or drop_newest"),
+        (("--frames", 0), "--frames is 0; at least 1"),
+        (("distillation.method=hold",), "only online runs in real time"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_a_teacher_is_trained(tmp_path, monkeypatch, recipe, words, said):
+    monkeypatch.setattr("dance_seg.teachers.build_teacher", lambda *_, **__: pytest.fail("a teacher was built"))
+    with pytest.raises(ValueError, match=said):
+        call(monkeypatch, recipe, *words, "--real-time", "--runs", tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_totals_say_over_which_classes_and_what_came_in_the_way():
+    scores = {
+        "frames": 10, "frames_against_teacher": 10, "key_frames": 1, "teacher_fraction": 0.1, "updates": 2,
+        "against_teacher": {"miou": 84.5, "miou_foreground": 80.0}, "passed_over": 2, "late": 3,
+    }  # fmt: skip
+    lines = tool.described({"scores": scores, "stream": {}})
+    assert lines[0] == "mIoU  84.50  student against teacher (10 frames), over all classes; 80.00 over the foreground"
+    assert lines[-2].startswith("key frames came 3 frames late")
+    assert lines[-1].startswith("2 frames came again")
 
 
 @pytest.mark.parametrize(

@@ -97,17 +97,31 @@ def assert_predictions_are_made_before_their_own_update(num=60):
 
 
 def assert_momentum_lives_as_long_as_the_stream():
-    network, chosen = student(), options(threshold=0.95)
+    """What the first update of a key frame finds is what the last of the key frame before has left."""
+    network, chosen = student(), options(threshold=0.98)
     state = StreamState.start(network, CLASSES, chosen)
-    first = state.optimizer
-    left = []
-    for followed in follow(stream(40), network, teacher(), chosen, state=state):
-        momenta = [s["momentum_buffer"].clone() for s in state.optimizer.state.values()]
-        if left and not followed.updates:
-            assert all(torch.equal(one, other) for one, other in zip(left, momenta, strict=True)), "momentum was lost"
-        left = momenta
+    first, learn, left, compared = state.optimizer, online.learn, [], 0
+
+    def noted(state, *rest):
+        nonlocal left, compared
+        found = momenta(state)
+        assert len(found) == len(left), "momentum was lost"
+        assert all(torch.equal(one, other) for one, other in zip(left, found, strict=True)), "momentum was lost"
+        compared += bool(left)
+        lesson = learn(state, *rest)
+        left = momenta(state)
+        return lesson
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(online, "learn", noted)
+        list(follow(stream(40), network, teacher(), chosen, state=state))
     assert state.optimizer is first, "the optimiser was made anew"
+    assert compared >= 3
     assert any(momentum.any() for momentum in left)
+
+
+def momenta(state):
+    return [kept["momentum_buffer"].clone() for kept in state.optimizer.state.values()]
 
 
 def scripted(monkeypatch, accuracies, num=None, **changes):
@@ -260,6 +274,18 @@ def test_noticed_an_optimiser_that_forgets_its_momentum(monkeypatch):
 
     monkeypatch.setattr(online, "learn", forgetful)
     with pytest.raises(AssertionError, match="optimiser was made anew"):
+        assert_momentum_lives_as_long_as_the_stream()
+
+
+def test_noticed_a_momentum_that_is_cleared_when_a_key_frame_begins(monkeypatch):
+    ask = online.ask
+
+    def clearing(teacher, frame, state, seconds):
+        state.optimizer.state.clear()
+        return ask(teacher, frame, state, seconds)
+
+    monkeypatch.setattr(online, "ask", clearing)
+    with pytest.raises(AssertionError, match="momentum was lost"):
         assert_momentum_lives_as_long_as_the_stream()
 
 
@@ -709,6 +735,66 @@ def test_in_real_time_what_is_learnt_after_the_last_frame_is_in_the_state():
     assert not any(f.updates for f in found)
     assert (state.key_frames, state.updates > 0, state.position) == (1, True, 3)
     assert state.next_key_frame == state.stride
+
+
+@pytest.mark.filterwarnings("ignore:frame .*longer than the stride")
+def test_in_real_time_the_prediction_beside_a_teaching_is_the_one_made_before_it_was_learnt():
+    """Of the second key frame too, for which the student had learnt from the first."""
+    network, chosen, waiting = student(), options(threshold=0.99), Waiting()
+    frames = follow_in_real_time(stream(5000), network, waiting, chosen)
+    predictions, seen = {}, []
+    waiting.allowed.release(2)
+    for followed in frames:
+        predictions[followed.frame.index] = followed.prediction
+        if followed.asked is not None:
+            seen.append(followed.taught)
+            np.testing.assert_array_equal(followed.asked.prediction, predictions[followed.taught])
+            np.testing.assert_array_equal(followed.teaching.labels, followed.asked.frame.label)
+        if len(seen) == 2:
+            break
+        time.sleep(0.002)
+    waiting.allowed.release(10)
+    frames.close()
+    assert seen == waiting.asked[:2]
+
+
+def test_in_real_time_updates_that_diverge_are_said_to_and_their_weights_are_not_to_be_saved():
+    network, chosen = student(), options(learning_rate=1e30)
+    state = StreamState.start(network, CLASSES, chosen)
+    frames = follow_in_real_time(stream(5000), network, teacher(), chosen, state=state)
+    next(frames)
+    until = time.monotonic() + 20
+    while state.failure is None and time.monotonic() < until:
+        time.sleep(0.002)
+    with pytest.raises(ValueError, match=r"frame 0: .*NaN or infinite.*distillation\.learning_rate is 1e\+30"):
+        state.record()
+    with pytest.raises(ValueError, match=r"frame 0: .*NaN or infinite.*distillation\.learning_rate is 1e\+30"):
+        frames.close()
+
+
+def test_in_real_time_what_is_being_learnt_when_it_is_closed_is_handed_on_as_what_is_left_over():
+    network, waiting, left = student(), Waiting(), []
+    state = StreamState.start(network, CLASSES, options())
+    frames = follow_in_real_time(stream(100), network, waiting, options(), state=state, left_over=left.append)
+    first = next(frames)
+    waiting.allowed.release()
+    frames.close()
+    (followed,) = left
+    assert (followed.frame.index, followed.taught, followed.updates) == (0, 0, state.updates)
+    assert followed.prediction is first.prediction
+    assert (followed.seconds["student"], followed.seconds["teacher"] > 0) == (0.0, True)
+    assert (state.key_frames, state.next_key_frame) == (1, state.stride)
+
+
+def test_a_record_waits_for_updates_that_are_being_made():
+    state = StreamState.start(student(), CLASSES, options())
+    recorded = threading.Event()
+    with state.lock:
+        thread = threading.Thread(target=lambda: (state.record(), recorded.set()))
+        thread.start()
+        assert not recorded.wait(0.1)
+    assert recorded.wait(20)
+    thread.join()
 
 
 def test_in_real_time_a_failing_teacher_is_met_by_the_same_policy():

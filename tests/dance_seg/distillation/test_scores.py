@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from dance_seg.distillation.online import Followed, TeacherError, follow
+from dance_seg.distillation.online import Asked, Followed, TeacherError, follow
 from dance_seg.distillation.scores import Price, StreamScores, pricing, scored, stream_macs
 from dance_seg.distillation.teacher import Teaching
 from dance_seg.sample import IGNORE, Frame
@@ -12,7 +12,7 @@ from tests.dance_seg.distillation.streams import CLASSES, SIZE, options, stream,
 ONE, FOUR = (1, 1), (1, 4)
 
 
-def made(index, prediction, *, taught=None, truth=None, updates=0, seconds=(1.0, 0.0, 0.0), scored=True, when=None):
+def made(index, prediction, *, taught=None, truth=None, updates=0, seconds=(1.0, 0.0, 0.0), scored=True, asked=None):
     """A frame of one row, as the loop would have yielded it."""
     prediction, taught, truth = (None if row is None else np.uint8([row]) for row in (prediction, taught, truth))
     frame = Frame(index, index / 10, np.zeros((*prediction.shape, 3), np.uint8), truth)
@@ -20,7 +20,7 @@ def made(index, prediction, *, taught=None, truth=None, updates=0, seconds=(1.0,
     parts = dict(zip(("student", "teacher", "updates"), seconds, strict=True))
     shown = prediction if taught is None else taught
     key = taught is not None
-    return Followed(frame, prediction, shown, teaching, key, updates, None, None, 8, parts, scored, when)
+    return Followed(frame, prediction, shown, teaching, key, updates, None, None, 8, parts, scored, asked)
 
 
 def test_scores_are_of_one_matrix_over_all_frames_that_a_teacher_labelled():
@@ -55,11 +55,35 @@ def test_the_teacher_is_scored_where_it_knows():
     assert scores.record()["against_teacher"]["pixel_accuracy"] == 50
 
 
-def test_labels_that_came_back_later_are_not_compared_with_another_frames_prediction():
+def asked_at(index, prediction, truth=None):
+    return Asked(*made(index, prediction, truth=truth)[:2])
+
+
+def test_labels_that_came_back_later_are_compared_with_what_was_predicted_of_their_own_frame():
+    """The teacher says [2, 1] of frame 3, predicted [2, 2] and really [2, 2]; frame 5 is predicted [1, 1]."""
     scores = StreamScores(CLASSES, options())
-    scores.add(made(5, [1, 1], taught=[2, 2], when=3))
-    assert scores.record()["against_teacher"] is None
-    assert scores.record()["key_frames"] == 1
+    scores.add(made(3, [2, 2], truth=[2, 2]))
+    figures = scores.add(made(5, [1, 1], taught=[2, 1], truth=[1, 1], asked=asked_at(3, [2, 2], truth=[2, 2])))
+    found = scores.record()
+    assert found["against_teacher"]["pixel_accuracy"] == 50
+    assert figures["stream/accuracy"] == pytest.approx(100 * (1 / 2 + 0) / 2)
+    assert found["teacher_against_truth"]["pixel_accuracy"] == 50
+    assert (found["frames_against_teacher"], found["frames_against_truth"], found["key_frames"]) == (1, 2, 1)
+    assert found["against_truth"]["pixel_accuracy"] == 100
+
+
+def test_what_comes_back_after_the_last_frame_is_paid_for_and_scored_and_is_no_frame_more():
+    scores = StreamScores(CLASSES, options(), price=lambda size: Price(student=1, teacher=50, update=4))
+    scores.add(made(0, [2, 2]))
+    asked = asked_at(0, [2, 2])
+    scores.add_left_over(made(0, [2, 2], taught=[2, 2], updates=3, seconds=(0.0, 5.0, 6.0), asked=asked))
+    found, costs = scores.record(), scores.costs()
+    assert (found["frames"], found["key_frames"], found["updates"]) == (1, 1, 3)
+    assert found["against_teacher"]["pixel_accuracy"] == 100
+    assert costs["seconds"] == {"student": 1.0, "teacher": 5.0, "updates": 6.0}
+    assert costs["counts"] == {"student": 1, "teacher": 1, "updates": 3}
+    assert costs["gmacs"]["total"] * 1e9 == pytest.approx(1 + 50 + 3 * 4)
+    assert costs["gmacs"]["teacher_every_frame"] * 1e9 == pytest.approx(50)
 
 
 def test_frames_that_an_offline_student_learns_from_are_paid_for_and_not_scored():

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from dance_seg.errors import DataError
+from dance_seg.metrics_file import MetricsFile
 from dance_seg.report.charts import LEFT
 from dance_seg.report.page import Panels
 from dance_seg.report.stream_page import read_stream_run, samples, write_stream_report
@@ -137,6 +138,35 @@ def test_an_unfinished_stream_without_ground_truth_says_so(tmp_path):
     assert "ground truth" not in text.replace("student, teacher as truth", "")
 
 
+def test_what_a_stream_had_to_cope_with_is_told(tmp_path):
+    folder = write_stream_run(tmp_path / "run")
+    scores = json.loads((folder / "scores.json").read_text())
+    assert "had to cope with" not in text_of(write_stream_report(folder))
+    scores |= {"late": 5, "passed_over": 2, "teacher_failures": 4, "problems": {"unreadable": 3}}
+    scores["real_time"] = {"dropped": 7, "longest_delay": 0.25}
+    (folder / "scores.json").write_text(json.dumps(scores))
+    text = text_of(write_stream_report(folder))
+    for said in (
+        "7 frames were dropped, and the longest delay was 0.25 s",
+        "key frames came 5 frames late in all",
+        "2 frames came again or out of order",
+        "frames left out or changed: 3 unreadable",
+        "the teacher failed 4 times",
+    ):
+        assert said in text, said
+
+
+def test_a_miou_says_which_classes_it_is_over_where_that_matters(tmp_path):
+    folder = write_stream_run(tmp_path / "run")
+    assert "foreground 8" not in text_of(write_stream_report(folder))
+    scores = json.loads((folder / "scores.json").read_text())
+    scores["against_teacher"]["miou_foreground"] = 80.0
+    (folder / "scores.json").write_text(json.dumps(scores))
+    text = text_of(write_stream_report(folder))
+    assert "84.50 points 360 frames, before any update; over all classes, 80.00 over the foreground" in text
+    assert "mIoU, foreground 80.0 – –" in text
+
+
 def test_a_sample_says_what_happened_on_its_frame(tmp_path):
     folder = write_stream_run(tmp_path / "run", pictures=0)
     write_samples(folder / "pictures", [0, CUTS[0]], truth=False)
@@ -145,6 +175,44 @@ def test_a_sample_says_what_happened_on_its_frame(tmp_path):
     assert re.fullmatch(r"accuracy [\d.]+ before, 92.0 after 8 updates; then a stride of 8", first.note)
     assert second.title.startswith("Frame 120: scene cut")
     assert [panel.title.split(" (")[0] for panel in first.panels] == ["frame", "student", "teacher", "errors"]
+
+
+def write_real_time_rows(folder):
+    """Ten frames: 0 is asked and comes back before frame 4, which is asked and comes back before 7; 8 never does.
+
+    Strides are decided when a key frame comes back: 8 at first, 16 after frame 0, 32 after frame 4.
+    """
+    (folder / "metrics.jsonl").unlink()
+    metrics, stride = MetricsFile(folder / "metrics.jsonl"), 8
+    for frame in range(10):
+        row = {"stream/key_frame": int(frame in (0, 4, 8)), "stream/updates": 0, "stream/cut": int(frame == 4)}
+        if frame in (4, 7):
+            taught, stride = {4: (0, 16), 7: (4, 32)}[frame]
+            figures = {"taught": taught, "updates": 3, "accuracy": 20.0 + taught, "accuracy_before": 21.0 + taught}
+            row |= {f"stream/{name}": value for name, value in figures.items()}
+            row["stream/accuracy_after"] = 90.0 + taught
+        metrics.append(frame, {**row, "stream/stride": stride})
+    metrics.close()
+
+
+def test_in_real_time_what_a_key_frame_taught_stands_at_the_key_frame_itself(tmp_path):
+    folder = write_stream_run(tmp_path / "run", pictures=0)
+    write_real_time_rows(folder)
+    line = read_stream_run(folder).timeline
+    assert line.frames.tolist() == list(range(10))
+    assert line.key_frames.tolist() == [0, 4, 8]
+    for found, expected in (
+        (line.before, [21, 25, np.nan]),
+        (line.after, [90, 94, np.nan]),
+        (line.strides, [16, 32, np.nan]),
+        (line.accuracy[:5], [20, np.nan, np.nan, np.nan, 24]),
+    ):
+        np.testing.assert_array_equal(found, expected)
+    assert stride_chart(line)
+    write_samples(folder / "pictures", [4, 7], truth=False)
+    key_frame, other = [block for block in samples(read_stream_run(folder)).blocks if isinstance(block, Panels)]
+    assert (key_frame.title, other.title) == ("Frame 4: scene cut, key frame", "Frame 7")
+    assert (key_frame.note, other.note) == ("accuracy 25.0 before, 94.0 after 3 updates; then a stride of 32", "")
 
 
 def test_many_large_sample_frames_stay_below_5_mb(tmp_path):
