@@ -92,7 +92,7 @@ def test_the_official_evaluator_of_cityscapes_finds_our_files_and_counts_every_p
     official, files = official_result(root, source.names)
     assert [Path(path) for path in files] == find_predictions(root / "predictions", source.names, form)
     matrix = np.zeros((19, 19), np.int64)
-    for name, prediction, label, _ in read_predictions(root / "predictions", source, form, progress=False):
+    for name, prediction, label, *_ in read_predictions(root / "predictions", source, form, progress=False):
         assert np.array_equal(prediction, predictions[name])
         matrix += confusion_matrix(prediction, label, 19)
     ids = list(CITYSCAPES.raw_ids)
@@ -365,6 +365,6 @@ def test_boundary_iou_is_that_of_the_predictions_before_they_were_written(citysc
     direct, read_back = BoundaryIoU(19), BoundaryIoU(19)
     for index, name in enumerate(source.names):
         direct.update(predictions[name], source.load(index).label)
-    for _, prediction, truth, _ in read_predictions(root / "predictions", source, form, progress=False):
+    for _, prediction, truth, *_ in read_predictions(root / "predictions", source, form, progress=False):
         read_back.update(prediction, truth)
     assert direct.compute() == read_back.compute()
