@@ -127,7 +127,7 @@ def test_what_is_written_is_read_back_with_its_label_in_the_splits_order(layout,
     source, form, predictions = written(tmp_path, layout)
     found = list(read_predictions(tmp_path / "predictions", source, form, progress=False))
     assert tuple(one.name for one in found) == source.names
-    for index, (name, prediction, label, _) in enumerate(found):
+    for index, (name, prediction, label, *_) in enumerate(found):
         assert np.array_equal(prediction, predictions[name])
         assert np.array_equal(label, source.load(index).label)
 
