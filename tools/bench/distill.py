@@ -5,15 +5,17 @@
 The options are those of recipes/video_shapes.yaml, which overrides change; a dearer teacher, whose encoder
 tools.fetch_weights brings, is trained once on drawn scenes and kept under runs/teachers by the hash of its recipe, and
 so is the student's beginning, trained on the same scenes, since a student that follows a stream starts from weights
-trained elsewhere. With --root the table is made on CamVid's clip instead, by recipes/video_camvid.yaml. Every method
-sees the same frames and is scored, before it learns from a frame, against the labels that the teacher gave in one pass
-over the stream. --quick is to try it: small, and no result.
+trained elsewhere. Then the same table is made on CamVid's clip, by recipes/video_camvid.yaml, where its data is found;
+with --root DIR on that alone, and the options are those of its recipe. Every method sees the same frames and is scored,
+before it learns from a frame, against the labels that the teacher gave in one pass over the stream. --quick is to try
+it: small, and no result.
 
 The paper's streams have one to four classes of objects each, and its mIoU is the mean over these. Ours has eleven, of
 which five cover less than 2 % of the pixels each: thin or far things, on which the teacher itself is poor. So the
 threshold goes by the other classes, and so does the mIoU against the teacher; that over all classes stands beside it.
 """
 
+import argparse
 import copy
 import math
 from collections.abc import Mapping, Sequence
@@ -44,6 +46,7 @@ from tools.cli import parser, run
 from tools.fetch_weights import ENCODER, WEIGHTS, fetch
 
 TEACHERS = Path("runs/teachers")
+CAMVID = "recipes/video_camvid.yaml"
 UPDATES = 8  # of the key frame whose overhead is measured
 SPEED_SIZE = (360, 480)
 # A network that is good after few epochs, and dear since it sees each frame at six scales and mirrored, as segmentation
@@ -148,22 +151,32 @@ class AfterCut(NamedTuple):
 
 
 def main() -> int:
-    """Train what is needed once, measure, write runs/bench/distill.json and the tables beside it."""
+    """Measure the drawn stream and CamVid's clip, where it is."""
     arguments_parser = parser(__doc__ or "")
     arguments_parser.add_argument("overrides", metavar="key=value", nargs="*", help="of the stream's recipe")
-    arguments_parser.add_argument("--root", metavar="DIR", help="CamVid, to make the table on its clip instead")
+    arguments_parser.add_argument("--root", metavar="DIR", help="CamVid, to make the table on its clip alone")
     arguments_parser.add_argument("--runs", type=int, default=5, help="rounds of the speed measurements; default 5")
     arguments_parser.add_argument("--low-threshold", type=float, default=0.7, help="a cheaper stream's; default 0.7")
     arguments_parser.add_argument("--student-epochs", type=int, default=10, help="before the stream; default 10")
     arguments_parser.add_argument("--threads", type=int, default=1, help="of the processor, for torch; default 1")
     arguments_parser.add_argument("--quick", action="store_true", help="small networks, frames and runs, to try it")
     arguments = arguments_parser.parse_intermixed_args()
-    quick = arguments.quick
-    name, recipe, teacher = (
-        on_drawn_scenes(arguments.overrides, quick=quick)
-        if arguments.root is None
-        else on_camvid(arguments.root, arguments.overrides, quick=quick)
-    )
+    quick, overrides = arguments.quick, arguments.overrides
+    if arguments.root is not None:
+        measure("distill-camvid", *on_camvid(arguments.root, overrides, quick=quick), arguments)
+        return 0
+    measure("distill", *on_drawn_scenes(overrides, quick=quick), arguments)
+    root = Path(load_recipe(CAMVID).data.args["root"])
+    if root.is_dir():
+        measure("distill-camvid", *on_camvid(str(root), [], quick=quick), arguments)
+    else:
+        print(f"CamVid's clip is left out: {root} is no folder; give its place by --root DIR")
+    return 0
+
+
+def measure(result: str, name: str, recipe: Recipe, teacher: Recipe, arguments: argparse.Namespace) -> None:
+    """Train what is needed once, measure, write runs/bench/RESULT.json and the table beside it."""
+    quick, is_drawn = arguments.quick, recipe.data.name == "video_shapes"
     epochs = 1 if quick else arguments.student_epochs
     setting = prepared(recipe, teacher, ONE_VIEW if quick else VIEWS, epochs, arguments.threads)
     rows = table(setting)
@@ -179,7 +192,7 @@ def main() -> int:
         "miou_vs_teacher_low_threshold": spread([low["miou_vs_teacher"]]),
         **at_cuts(online["after_cuts"], setting.options.threshold),
     }
-    if arguments.root is None:
+    if is_drawn:
         ratios |= speed(setting, (96, 128) if quick else SPEED_SIZE, 2 if quick else arguments.runs)
         ratios["stationary_teacher_fraction"] = spread([stationary_teacher_fraction(setting, recipe)])
     notes: dict[str, Any] = {
@@ -191,10 +204,9 @@ def main() -> int:
         **{name: cells(row) for name, row in rows.items()},
     }
     text = markdown(f"{name}, {len(setting.frames)} frames, teacher {truth:.1f} against ground truth", rows)
-    path = write_result("distill" if arguments.root is None else "distill-camvid", arguments.runs, ratios, notes)
+    path = write_result(result, arguments.runs, ratios, notes)
     path.with_suffix(".md").write_text(text)
     print(f"\n{text}\nThe last part is what the student trained offline did not learn from.")
-    return 0
 
 
 def pretrained(overrides: Sequence[str]) -> list[str]:
@@ -213,9 +225,7 @@ def on_drawn_scenes(overrides: Sequence[str], *, quick: bool) -> tuple[str, Reci
 def on_camvid(root: str, overrides: Sequence[str], *, quick: bool) -> tuple[str, Recipe, Recipe]:
     """What CamVid's clip is called, its recipe and its teacher's, which has not seen the clip's drive."""
     stream = ["data.args.resolution=0.2"] if quick else CAMVID_STREAM
-    recipe = load_recipe(
-        "recipes/video_camvid.yaml", [f"data.args.root={root}", *stream, "tracking.wandb=disabled", *overrides]
-    )
+    recipe = load_recipe(CAMVID, [f"data.args.root={root}", *stream, "tracking.wandb=disabled", *overrides])
     assert recipe.teacher is not None
     given = recipe.teacher.args
     changes = QUICK_CAMVID if quick else pretrained(CAMVID_TEACHER)

@@ -93,7 +93,7 @@ def test_recovery_from_a_cut_is_counted_to_the_next_one():
     assert distill.at_cuts([], 0.8) == {}
 
 
-def test_the_benchmark_writes_its_ratios_and_its_table(setting, rows, tmp_path, monkeypatch):
+def test_the_benchmark_writes_its_ratios_and_its_table(setting, rows, tmp_path, monkeypatch, capsys):
     """With a teacher that is not trained, and the rows that are there already."""
     monkeypatch.setattr(distill, "prepared", lambda *given: setting)
     monkeypatch.setattr(distill, "table", lambda setting: dict(rows))
@@ -117,3 +117,19 @@ def test_the_benchmark_writes_its_ratios_and_its_table(setting, rows, tmp_path, 
     assert written["ratios"]["teacher_miou_vs_truth"]["median"] == rows["teacher on every frame"]["miou_vs_truth_all"]
     assert written["notes"].keys() > {*rows, "online, geometric, threshold 0.7", "quick"}
     assert (tmp_path / "runs/bench/distill.md").read_text().count("\n|") == 2 + len(rows) + 1
+    assert "CamVid's clip is left out: data/camvid is no folder" in capsys.readouterr().out
+
+
+def test_the_clip_is_measured_too_where_its_data_is(tmp_path, monkeypatch):
+    measured = []
+    monkeypatch.setattr(distill, "measure", lambda result, name, recipe, teacher, _: measured.append((result, recipe)))
+    (tmp_path / "recipes").symlink_to(Path(distill.__file__).parents[2] / "recipes")
+    (tmp_path / "data" / "camvid").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["distill", "--quick", "data.args.num_frames=20"])
+    assert distill.main() == 0
+    assert [(result, recipe.data.name) for result, recipe in measured] == [
+        ("distill", "video_shapes"),
+        ("distill-camvid", "video_camvid"),
+    ]
+    assert measured[1][1].data.args["root"] == "data/camvid"
