@@ -6,6 +6,8 @@ own evaluation: the image made smaller by the recipe's `data.args.resolution`, a
 `data_slimming.inference: adaptive` simple images are made smaller still.
 """
 
+import math
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -49,21 +51,29 @@ class Predictor:
         return self.labels_at(downsampled(image, scale * self.resolution), (image.shape[0], image.shape[1]))
 
 
-def load_predictor(path: str | Path, *, checkpoint: str = "best", resolution: float | None = None) -> Predictor:
+def load_predictor(
+    path: str | Path, *, checkpoint: str = "best", resolution: float | None = None, deadline_ms: float | None = None
+) -> Predictor:
     """What labels images: from a run folder (its `best`, `last` or a named checkpoint) or a file that holds a network.
 
     ONNX files run by onnxruntime, the others by torch; each on a GPU where it finds one. A network with exits stops as
-    it was calibrated, also where its stages are a folder of ONNX files. `resolution` is the recipe's by default. Raises
-    ValueError, naming the path, for what holds no network of this project.
+    it was calibrated, also where its stages are a folder of ONNX files. With `deadline_ms` it answers by the first exit
+    at which so many milliseconds are over since it was given the image (anytime inference), asking every exit, or
+    earlier where it is sure. `resolution` is the recipe's by default. Raises ValueError, naming the path, for what
+    holds no network of this project, and for a deadline of one without exits or of ONNX files.
     """
     path = Path(path)
+    if deadline_ms is not None and not 0 <= deadline_ms < math.inf:
+        raise ValueError(f"deadline_ms is {deadline_ms!r}; milliseconds from 0 up, after which an image leaves")
+    if deadline_ms is not None and (path.suffix.lower() == ".onnx" or any(path.glob("stage_*.onnx"))):
+        raise ValueError(f"{path}: a deadline is asked of networks that run by torch; give the run or its checkpoint")
     if resolution is not None and not 0 < resolution <= 1:
         raise ValueError(f"resolution is {resolution!r}; a number above 0 and at most 1")
     if path.suffix.lower() == ".onnx":
         return _onnx_predictor(path, resolution)
     if path.is_dir() and any(path.glob("stage_*.onnx")):
         return _stages_predictor(path, resolution)
-    return _torch_predictor(path, checkpoint, resolution)
+    return _torch_predictor(path, checkpoint, resolution, deadline_ms)
 
 
 def palette_picture(labels: np.ndarray, palette: Sequence[Sequence[int]]) -> "Image.Image":
@@ -168,12 +178,13 @@ def _stages_predictor(folder: Path, resolution: float | None) -> Predictor:
     return _predictor(folder, stages.record, resolution, runs_on, partial(_labels_by_stages, stages))
 
 
-def _torch_predictor(path: Path, checkpoint: str, resolution: float | None) -> Predictor:
+def _torch_predictor(path: Path, checkpoint: str, resolution: float | None, deadline_ms: float | None) -> Predictor:
     import torch
 
     from dance_seg.build import load_model, load_run
     from dance_seg.calibration import calibrated_policy
     from dance_seg.early_exit.exits import ExitNetwork
+    from dance_seg.early_exit.policy import never_early
     from dance_seg.export import load_safetensors
 
     if path.is_dir():
@@ -189,7 +200,11 @@ def _torch_predictor(path: Path, checkpoint: str, resolution: float | None) -> P
         raise ValueError(f"{path}: holds no network; give a run folder or a file ending in {', '.join(CHECKPOINTS)}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     policy = calibrated_policy(record, model, at=str(path)) if isinstance(model, ExitNetwork) else None
-    call = partial(_labels_by_torch, model.to(device).eval(), device, policy)
+    if deadline_ms is not None:
+        if not isinstance(model, ExitNetwork):
+            raise ValueError(f"{path}: has one exit, so no answer before its end; leave the deadline out")
+        policy = policy or never_early(model.num_exits)
+    call = partial(_labels_by_torch, model.to(device).eval(), device, policy, deadline_ms)
     return _predictor(path, record, resolution, f"torch on {device.type}", call)
 
 
@@ -219,18 +234,25 @@ def _labels_by_stages(stages: Any, image: np.ndarray, size: tuple[int, int]) -> 
     return stages.labels(image, size).labels[0].numpy()
 
 
-def _labels_by_torch(model: Any, device: Any, policy: Any, image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def _labels_by_torch(
+    model: Any, device: Any, policy: Any, deadline_ms: float | None, image: np.ndarray, size: tuple[int, int]
+) -> np.ndarray:
     import torch
 
     from dance_seg.early_exit.policy import decide
     from dance_seg.inference import predict_labels
     from dance_seg.normalise import normalise
 
+    passed = None if deadline_ms is None else partial(_is_over, time.perf_counter() + deadline_ms / 1000)
     pixels = torch.from_numpy(np.require(image, requirements=["C", "W"])).permute(2, 0, 1)[None]
     with torch.inference_mode():
         images = normalise(pixels, device)
-        found = decide(model, images, size, policy).labels if policy else predict_labels(model, images, size)
+        found = decide(model, images, size, policy, passed).labels if policy else predict_labels(model, images, size)
         return found[0].numpy()
+
+
+def _is_over(until: float) -> bool:
+    return time.perf_counter() >= until
 
 
 def _colors(palette: Sequence[Sequence[int]]) -> np.ndarray:

@@ -12,6 +12,7 @@ import torch
 
 from dance_seg.build import build_model, load_run, train
 from dance_seg.calibration import (
+    ExitsOfSplit,
     calibrate,
     calibrated_policy,
     curves,
@@ -23,7 +24,7 @@ from dance_seg.calibration import (
 )
 from dance_seg.checkpoint import load_checkpoint, save_checkpoint
 from dance_seg.early_exit.exits import ExitNetwork
-from dance_seg.early_exit.paths import path_costs
+from dance_seg.early_exit.paths import PathCosts, path_costs
 from dance_seg.early_exit.policy import ExitPolicy
 from dance_seg.errors import CheckpointError
 from dance_seg.export import export_safetensors
@@ -33,6 +34,7 @@ from dance_seg.part import Part
 from dance_seg.predict import load_predictor
 from dance_seg.tracking import read_metrics
 from datamodules import build_datamodule
+from tests.dance_seg.early_exit.test_budget import random_table
 from tests.dance_seg.early_exit.toy import Toy
 from tests.tiny import tiny
 from tools.calibrate import some_of_each_exit, track
@@ -117,7 +119,33 @@ def test_thresholds_meet_the_budget_and_score_what_the_table_said(trained, netwo
     assert miou_of(found, 11) == pytest.approx(calibration.achieved["miou"], abs=1e-9)
 
 
-def test_a_calibrated_checkpoint_stops_after_a_reload_and_trains_on(trained, network, tmp_path):
+@pytest.mark.parametrize("how", ["direct", "geometric"])
+@pytest.mark.parametrize("unit", ["macs", "milliseconds"])
+def test_a_budget_is_spent_to_97_percent_in_either_unit(network, monkeypatch, unit, how):
+    table, model = random_table(images=200), network[0]
+    found = ExitsOfSplit(tuple(map(str, range(200))), table.scores, table.matrices, (64, 64))
+    monkeypatch.setattr("dance_seg.calibration.exits_of_split", lambda *_: found)
+    monkeypatch.setattr("dance_seg.calibration.path_milliseconds", lambda *_: PathCosts((1.0, 2.0, 4.0), (0.1,) * 3))
+    calibration, _ = calibrate(model, None, budget=0.6, split="val", unit=unit, how=how)
+    assert 0.97 * 0.6 <= calibration.achieved[f"{unit}_share"] <= 0.6
+
+
+def test_an_answer_comes_by_the_deadline(trained, network):
+    folder, datamodule = trained
+    image = datamodule.source("val").load(0).image
+    by_exit = {
+        exit: next(predictions(network[0], datamodule, "val", policy=fixed_exit(3, exit))).prediction for exit in (0, 2)
+    }
+    assert (load_predictor(folder, deadline_ms=0)(image) == by_exit[0]).all()
+    assert (load_predictor(folder, deadline_ms=1e6)(image) == by_exit[2]).all()
+    assert (by_exit[0] != by_exit[2]).any()
+    with pytest.raises(ValueError, match="deadline_ms is -1"):
+        load_predictor(folder, deadline_ms=-1)
+    with pytest.raises(ValueError, match="networks that run by torch"):
+        load_predictor("network.onnx", deadline_ms=5)
+
+
+def test_a_calibrated_checkpoint_keeps_its_thresholds_and_its_weights(trained, network, tmp_path):
     folder, datamodule = trained
     model, _, path = network
     calibration, _ = calibrate(model, datamodule, budget=0.6, split="val", policy=ExitPolicy(score="entropy"))

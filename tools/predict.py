@@ -46,6 +46,7 @@ def main() -> int:
     arguments_parser.add_argument("--checkpoint", default="best", help="of a run: best, last or a path; default: best")
     arguments_parser.add_argument("--overlay", metavar="SHARE", type=float, default=0.5, help="of colour; default 0.5")
     arguments_parser.add_argument("--resolution", type=float, help="of the images' size; default: the recipe's")
+    arguments_parser.add_argument("--deadline-ms", type=float, metavar="N", help="with exits: an answer by then")
     arguments_parser.add_argument("--masks", action="store_true", help="also a label picture for each frame of a film")
     arguments = arguments_parser.parse_args()
     if not 0 <= arguments.overlay <= 1:
@@ -56,7 +57,12 @@ def main() -> int:
     from dance_seg.checkpoint import check_writable
     from dance_seg.predict import legend, load_predictor
 
-    predictor = load_predictor(arguments.network, checkpoint=arguments.checkpoint, resolution=arguments.resolution)
+    predictor = load_predictor(
+        arguments.network,
+        checkpoint=arguments.checkpoint,
+        resolution=arguments.resolution,
+        deadline_ms=arguments.deadline_ms,
+    )
     check_writable(arguments.out)
     print(
         f"{predictor.path}: {len(predictor.classes)} classes, resolution {predictor.resolution:g}, {predictor.runs_on}"

@@ -142,6 +142,15 @@ class ExitPolicy:
         return cls(**{**record, "thresholds": tuple(math.inf if value is None else value for value in written)})
 
 
+def never_early(num_exits: int) -> ExitPolicy:
+    """The policy by which every image goes to the last exit and no other is asked.
+
+    >>> never_early(3).asked
+    (False, False, True)
+    """
+    return ExitPolicy(thresholds=(math.inf,) * (num_exits - 1))
+
+
 class Decided(NamedTuple):
     """The labels of a batch, and where each image left."""
 

@@ -78,6 +78,8 @@ def test_the_resolution_can_be_chosen(run: Path) -> None:
     for wrong in (0.0, 1.5):
         with pytest.raises(ValueError, match=f"resolution is {wrong}"):
             load_predictor(run, resolution=wrong)
+    with pytest.raises(ValueError, match="has one exit, so no answer before its end"):
+        load_predictor(run, deadline_ms=5)
 
 
 def test_checkpoint_safetensors_and_onnx_give_the_same_labels(run: Path, tmp_path: Path) -> None:
