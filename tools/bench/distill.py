@@ -157,7 +157,7 @@ def main() -> int:
     arguments_parser.add_argument("--root", metavar="DIR", help="CamVid, to make the table on its clip alone")
     arguments_parser.add_argument("--runs", type=int, default=5, help="rounds of the speed measurements; default 5")
     arguments_parser.add_argument("--low-threshold", type=float, default=0.7, help="a cheaper stream's; default 0.7")
-    arguments_parser.add_argument("--student-epochs", type=int, default=10, help="before the stream; default 10")
+    arguments_parser.add_argument("--student-epochs", type=int, default=40, help="before the stream; default 40")
     arguments_parser.add_argument("--threads", type=int, default=1, help="of the processor, for torch; default 1")
     arguments_parser.add_argument("--quick", action="store_true", help="small networks, frames and runs, to try it")
     arguments = arguments_parser.parse_intermixed_args()
