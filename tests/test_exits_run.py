@@ -72,11 +72,12 @@ def miou_of(found, num_classes):
     return scores(matrix).miou
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "model",
     [
         Part("ranet", {"size": "tiny"}),
-        pytest.param(Part("basisnet", {"arch": "fpn", "encoder_name": "resnet18", "bases": 2}), marks=pytest.mark.slow),
+        Part("basisnet", {"arch": "fpn", "encoder_name": "resnet18", "bases": 2}),
     ],
     ids=["ranet", "basisnet"],
 )

@@ -444,7 +444,7 @@ def slimmed_run(folder):
     return folder
 
 
-@pytest.mark.parametrize("kind", ["smp", "slimmed"])
+@pytest.mark.parametrize("kind", [pytest.param("smp", marks=pytest.mark.slow), "slimmed"])
 def test_any_network_can_be_the_student_go_on_and_be_loaded_again(tmp_path, kind):
     slimmed = kind == "slimmed"
     model = Part("checkpoint", {"run": str(slimmed_run(tmp_path / "other"))}) if slimmed else tiny(*SMALL).model
