@@ -180,6 +180,11 @@ def test_nobody_scores_on_the_images_that_thresholds_were_chosen_on(trained, net
         refuse_overlap(record, datamodule, "val")
 
 
+def test_a_split_that_shapes_does_not_have_is_refused(trained):
+    with pytest.raises(ValueError, match="shapes has no split 'held_out'; choose one of train, val, test"):
+        trained[1].source("held_out")
+
+
 def test_images_of_other_parts_may_have_the_same_names(trained, network, monkeypatch):
     _, datamodule = trained
     record = {**network[1], "exits": {"split": "val", "names": datamodule.source("test").names}}
@@ -312,6 +317,7 @@ def test_the_ways_of_a_network_are_timed_each():
     assert costs.full > 0
 
 
+@pytest.mark.slow  # the commands of the README are run in any case
 def test_the_tools_calibrate_evaluate_and_refuse(trained, tmp_path):
     folder, _ = trained
 
@@ -341,9 +347,3 @@ def test_the_tools_calibrate_evaluate_and_refuse(trained, tmp_path):
     assert "were used to calibrate" in done.stderr
     done = call("evaluate", "--exit", "last")
     assert done.returncode == 0, done.stderr
-    done = call("evaluate", "--split", "held_out")
-    assert done.returncode == 2
-    assert "shapes has no split 'held_out'; choose one of train, val, test" in done.stderr
-    done = call("calibrate", "--budget", "0.01")
-    assert done.returncode == 2
-    assert "give a share from" in done.stderr
