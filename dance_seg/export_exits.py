@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from dance_seg.early_exit.exits import ExitNetwork, State, Walk, changed
-from dance_seg.early_exit.policy import Decided, ExitPolicy, decide, refuse_training
+from dance_seg.early_exit.policy import Decided, ExitPolicy, decide, never_early, refuse_training
 from dance_seg.errors import DataError, first_line
 from dance_seg.evaluator import labels_of
 from dance_seg.export import AGREEMENT, Agreement, drawn_images
@@ -129,7 +129,7 @@ class StagesOnnx:
         Without a policy by the one that was exported, and if there is none by the last exit. Raises ValueError as
         `exits` does, for logits that are not finite, and for a policy of another number of exits.
         """
-        policy = policy or self.policy or ExitPolicy(thresholds=(float("inf"),) * (self.num_exits - 1))
+        policy = policy or self.policy or never_early(self.num_exits)
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
         # To a policy whatever has exits is a network.
         return decide(cast(ExitNetwork, self), normalise(pixels), size, policy)

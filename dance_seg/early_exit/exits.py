@@ -93,8 +93,7 @@ class ExitNetwork(nn.Module, ABC):
         """All exits while training, the last one's logits (N, C, H, W) in evaluation."""
         if not self.training:
             return full_size(self.coarse_logits(images), images.shape[-2:])
-        found = [exit for exit in self.exits(images) if exit is not None]
-        return Outputs(tuple(full_size(logits, images.shape[-2:]) for logits in found))
+        return logits_of_every_exit(self, images)
 
     def coarse_logits(self, images: Tensor) -> CoarseLogits:
         """The last exit's logits as the network makes them; no other head runs."""
