@@ -374,9 +374,9 @@ def model_of_record(
     from dance_seg.errors import CheckpointError
 
     recipe = recipe_from_record(record.get("recipe") or {}, at=f"{at}:recipe")
-    if recipe.model.args.get("encoder_weights"):
-        # The weights are at hand; nothing is to be fetched.
-        recipe = replace(recipe, model=Part(recipe.model.name, {**recipe.model.args, "encoder_weights": None}))
+    # The weights are at hand; nothing is to be fetched.
+    fetched = {key: None for key in ("encoder_weights", "preview_weights") if recipe.model.args.get(key)}
+    recipe = replace(recipe, model=Part(recipe.model.name, {**recipe.model.args, **fetched}))
     classes = (record.get("labels") or {}).get("classes") if isinstance(record.get("labels") or {}, dict) else None
     if not isinstance(classes, list) or not 1 <= len(classes) <= MAX_CLASSES:
         raise CheckpointError(f"{at}: does not name its classes; give a file that this project wrote")

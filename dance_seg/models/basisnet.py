@@ -53,7 +53,8 @@ class BasisNet(ExitNetwork):
 
     Exit 0 is the preview's mask, exit 1 the specialist's: a SmpModel of `arch` and `encoder_name`, whose spatial
     convolutions in the last `basis_stages` stages of the encoder mix `bases` kernels each; `options` go to SmpModel.
-    The preview is any encoder of SMP at `preview_scale` of the size; `preview_channels` is its pyramid's width.
+    The preview is any encoder of SMP at `preview_scale` of the size, `preview_weights` as SmpModel's `encoder_weights`;
+    `preview_channels` is its pyramid's width.
 
     `temperature` divides the coefficients' logits: it goes from the first value to the second, linearly, by
     `anneal_until` of the training progress told to `set_progress`. It is kept in the state, so that a checkpoint

@@ -45,12 +45,7 @@ class SmpModel(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
-        file = encoder_weights if str(encoder_weights).endswith(".safetensors") else None
-        self.network, only_size = build_network(
-            arch, encoder_name, num_classes, None if file else encoder_weights or None, options
-        )
-        if file:
-            load_encoder(self.network, encoder_name, Path(str(file)))
+        self.network, only_size = build_network(arch, encoder_name, num_classes, encoder_weights or None, options)
         self.arch, self.encoder_name, self.num_classes = arch.lower(), encoder_name, num_classes
         self.stride = only_size or size_divisor(self.network)
         self.minimum_size = minimum_size(self.arch, self.stride)
@@ -110,6 +105,10 @@ def build_network(
 
     Raises ValueError like SmpModel.
     """
+    if str(encoder_weights).endswith(".safetensors"):
+        network, only_size = build_network(arch, encoder_name, num_classes, None, options)
+        load_encoder(network, encoder_name, Path(str(encoder_weights)))
+        return network, only_size
     import segmentation_models_pytorch as smp
 
     architectures = smp.MODEL_ARCHITECTURES_MAPPING

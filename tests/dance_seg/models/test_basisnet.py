@@ -3,6 +3,8 @@
 import math
 from collections.abc import Callable, Iterator
 from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from dance_seg.build import build_model, model_of_record
 from dance_seg.cost.macs import count_macs, count_training_macs
 from dance_seg.early_exit.exits import Outputs, full_size
 from dance_seg.models.basis_layers import BasisConv2d
@@ -19,6 +22,8 @@ from dance_seg.network_slimming import NetworkSlimming, slim
 from dance_seg.network_slimming.groups import find_groups
 from dance_seg.network_slimming.structure import restructure, structure_record
 from dance_seg.network_slimming.surgery import cut, silence
+from dance_seg.part import Part
+from dance_seg.recipe import load_recipe, recipe_record
 from tests.contracts import check_cost_is_counted, check_logits_have_the_size_of_the_images, check_state_can_be_kept
 from tools.bench.slimming import enliven
 
@@ -72,6 +77,27 @@ def test_it_meets_the_contract_in_evaluation(options: dict[str, Any]) -> None:
     check_logits_have_the_size_of_the_images(model, 4, ((45, 67), (96, 128), (1, 1), (33, 200)))
     check_state_can_be_kept(lambda: small(**options), model, (45, 67))
     check_cost_is_counted(model, (96, 128))
+
+
+def test_weights_in_a_file_are_loaded_into_both_encoders_and_not_asked_for_again(tmp_path: Path) -> None:
+    import segmentation_models_pytorch as smp
+    from safetensors.torch import save_file
+
+    path = tmp_path / "encoder.safetensors"
+    values = smp.encoders.get_encoder("resnet18", weights=None).state_dict()
+    save_file({name: torch.full_like(value, 0.5) for name, value in values.items()}, path)
+    encoders = {"encoder_name": "resnet18", "preview_encoder": "resnet18", "bases": 2}
+    files = {"encoder_weights": str(path), "preview_weights": str(path)}
+    recipe = replace(load_recipe("recipes/shapes_basisnet.yaml"), model=Part("basisnet", {**encoders, **files}))
+    model: Any = build_model(recipe, 3)
+    assert all((weight == 0.5).all() for weight in model.preview.encoder.parameters())
+    early = model.specialist.network.encoder.layer1  # the later ones are mixed of bases
+    assert all((weight == 0.5).all() for weight in early.parameters())
+    path.unlink()
+    record = {"recipe": recipe_record(recipe), "labels": {"classes": ["a", "b", "c"]}}
+    again = model_of_record(record, None, model.state_dict(), at="here")
+    own = again.state_dict()
+    assert all(torch.equal(value, own[name]) for name, value in model.state_dict().items())
 
 
 @pytest.mark.parametrize("options", [{}, {"hand_over": False}, {"coefficients": "sigmoid"}, {"preview_scale": 0.3}])
