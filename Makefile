@@ -30,7 +30,7 @@ demo: setup  ## dense twin and data-slimmed run on drawn street scenes, compared
 
 adaptive: setup  ## a network whose easy images stop early: trained, calibrated, scored on drawn street scenes (under 6 minutes)
 	$(RUN) -m tools.train recipes/shapes_ranet.yaml $(ARGS)
-	$(RUN) -m tools.calibrate runs/shapes_ranet --budget 0.5 --score mean
+	$(RUN) -m tools.calibrate runs/shapes_ranet --budget 0.5
 	$(RUN) -m tools.evaluate runs/shapes_ranet --split test
 
 search: setup  ## a family of networks trained at once, the best within a budget found and trained on, on drawn scenes (under 8 minutes)

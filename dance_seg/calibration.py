@@ -31,6 +31,7 @@ from dance_seg.early_exit.budget import (
     solve,
 )
 from dance_seg.early_exit.exits import ExitNetwork
+from dance_seg.early_exit.gain import fit_lines
 from dance_seg.early_exit.paths import PathCosts, Walked, path_costs
 from dance_seg.early_exit.policy import ExitPolicy, at_every_exit
 from dance_seg.errors import CheckpointError
@@ -53,6 +54,7 @@ class ExitsOfSplit(NamedTuple):
     scores: np.ndarray  # float32 (n, K)
     matrices: np.ndarray  # int32 (n, K, C, C)
     size: tuple[int, int]  # (H, W) at which the network sees the first image
+    policy: ExitPolicy  # whose scores they are; the score gain with its lines
     prices: tuple[float, ...] = ()  # of each image, in those of the first one; none where all are as large
 
     def table(self, costs: PathCosts) -> ExitTable:
@@ -84,44 +86,70 @@ class Calibration(NamedTuple):
 
 
 def exits_of_split(
-    model: ExitNetwork, datamodule: "SegmentationDataModule", split: str, policy: ExitPolicy
-) -> ExitsOfSplit:
-    """Run every exit over a split, with a progress bar; the scores are the policy's.
+    model: ExitNetwork, datamodule: "SegmentationDataModule", split: str, *policies: ExitPolicy
+) -> list[ExitsOfSplit]:
+    """Run every exit over a split, with a progress bar; one result for each policy, with its scores.
 
     Runs on the first CUDA device where there is one. Raises ValueError as `exits_of_batches`.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     batches = tqdm(datamodule.evaluation_loader(split), desc=f"exits on {split}", unit="image")
-    return exits_of_batches(model.to(device), batches, len(datamodule.classes), policy)
+    return exits_of_batches(model.to(device), batches, len(datamodule.classes), *policies)
 
 
 @torch.inference_mode()
 def exits_of_batches(
-    model: ExitNetwork, batches: Iterable[Batch], num_classes: int, policy: ExitPolicy
-) -> ExitsOfSplit:
-    """Run every exit over batches of evaluation, where the model is; the scores are the policy's.
+    model: ExitNetwork, batches: Iterable[Batch], num_classes: int, *policies: ExitPolicy
+) -> list[ExitsOfSplit]:
+    """Run every exit over batches of evaluation, where the model is; one result for each policy, with its scores.
 
-    What an image costs is taken to go with its pixels, since counting every size that photographs come in takes long.
-    Raises ValueError when logits are not finite, or there are no images.
+    A policy of the score `gain` without lines gets its lines here, and each image's score is by the line fitted without
+    it, as the score of an image that was never seen will be. What an image costs is taken to go with its pixels, since
+    counting every size that photographs come in takes long. Raises ValueError when logits are not finite, or there are
+    no images.
     """
     model.eval()
     device = next(model.parameters()).device
-    names, scores, matrices = list[str](), [], []
-    sizes: list[tuple[int, int]] = []
+    names, matrices, sizes = list[str](), list[np.ndarray](), list[tuple[int, int]]()
+    told: list[list[np.ndarray]] = [[] for _ in policies]  # scores, or what they will be fitted to
     for batch in batches:
         labels_size = (batch.labels.shape[-2], batch.labels.shape[-1])
-        found = at_every_exit(model, normalise(batch.images.to(device)), labels_size, policy)
+        found = at_every_exit(model, normalise(batch.images.to(device)), labels_size)
+        for own, policy in zip(told, policies, strict=True):
+            own += list((found.evidence(policy) if is_unfitted(policy) else found.scores(policy)).numpy())
         for place, name in enumerate(batch.names):
             names.append(name)
             sizes.append((batch.images.shape[-2], batch.images.shape[-1]))
-            scores.append(found.scores[place].numpy())
             label = batch.labels[place].numpy()
             of_exits = [confusion_matrix(exit[place].numpy(), label, num_classes) for exit in found.labels]
             matrices.append(np.stack(of_exits).astype(np.int32))
     if not names:
         raise ValueError("there are no images to ask the exits of; choose another split")
     prices = tuple(price(size, sizes[0]) for size in sizes) if len(set(sizes)) > 1 else ()
-    return ExitsOfSplit(tuple(names), np.stack(scores), np.stack(matrices), sizes[0], prices)
+    counted = np.stack(matrices)
+    results = []
+    for own, policy in zip(told, policies, strict=True):
+        scores, fitted = np.stack(own), policy
+        if is_unfitted(policy):
+            fitted, scores = with_lines(policy, scores, counted)
+        results.append(ExitsOfSplit(tuple(names), scores, counted, sizes[0], fitted, prices))
+    return results
+
+
+def is_unfitted(policy: ExitPolicy) -> bool:
+    """Whether a policy's score waits for its lines."""
+    return policy.score == "gain" and not policy.lines
+
+
+def with_lines(policy: ExitPolicy, evidence: np.ndarray, matrices: np.ndarray) -> tuple[ExitPolicy, np.ndarray]:
+    """The policy with lines for evidence (n, K, 2 C) and matrices (n, K, C, C), and the scores float32 (n, K).
+
+    Each image's score is by the line fitted without it.
+    """
+    lines = fit_lines(evidence.astype(np.float64), matrices)
+    expected = [*(line.left_out for line in lines), np.zeros(len(matrices))]
+    scores = 1 / (1 + np.exp(np.stack(expected, axis=1)))
+    return replace(policy, lines=tuple(line.weights for line in lines)), scores.astype(np.float32)
 
 
 def price(size: tuple[int, int], reference: tuple[int, int]) -> float:
@@ -185,15 +213,14 @@ def calibrate(
     """
     if unit not in get_args(Unit):
         raise ValueError(f"unit is {unit!r}; choose one of {', '.join(get_args(Unit))}")
-    policy = policy or ExitPolicy()
-    found = exits_of_split(model, datamodule, split, policy)
+    (found,) = exits_of_split(model, datamodule, split, policy or ExitPolicy())
     costs = {"macs": path_costs(model, found.size), "milliseconds": path_milliseconds(model, found.size)}
     table = found.table(costs[unit])
     full = table.mean_price * costs[unit].full
     if not is_share:
         budget = 1.0 if budget > full else budget / full
     check_share(budget, costs[unit])
-    policy = replace(policy, thresholds=solve(table, budget * full, how, spend=0.97))
+    policy = replace(found.policy, thresholds=solve(table, budget * full, how, spend=0.97))
     achieved = as_figures(found, policy, costs)
     return Calibration(policy, budget, unit, how, split, found.names, costs, achieved), found
 

@@ -110,14 +110,15 @@ class JudgedSplit:
 
     def exits(self, network: ExitNetwork, policy: ExitPolicy) -> ExitsOfSplit:
         """What every exit of a network says of every image, with the policy's score."""
-        return exits_of_batches(network.to(self.device), self.batches, self.num_classes, policy)
+        return exits_of_batches(network.to(self.device), self.batches, self.num_classes, policy)[0]
 
 
 class SubnetScores:
     """Scores and costs of a supernet's networks on a split, for a search.
 
-    `table` gives costs in milliseconds; without one they are counted in MACs. Raises ValueError for dynamic performance
-    of a supernet without exits.
+    `policy` says how sure exits are, by default the score `mean`. `table` gives costs in milliseconds; without one they
+    are counted in MACs. Raises ValueError for dynamic performance of a supernet without exits, and for the score
+    `gain`, which is fitted to one network.
     """
 
     def __init__(
@@ -133,8 +134,10 @@ class SubnetScores:
         assert isinstance(model, Supernet)
         if performance == "dynamic" and not isinstance(model, ExitNetwork):
             raise ValueError("this supernet has one exit, where no image can stop early; search for static performance")
+        if policy is not None and policy.score == "gain":
+            raise ValueError("the score gain is fitted to one network, and a search judges many; choose another score")
         self.model, self.split, self.budget, self.performance = model, split, budget, performance
-        self.policy = policy or ExitPolicy()
+        self.policy = policy or ExitPolicy(score="mean")
         self.macs = SubnetMacs(model)
         self.table = table
         self.left_out: set[Subnet] = set()
@@ -154,6 +157,7 @@ class SubnetScores:
         return {
             "weights": self._weights,
             "performance": self.performance,
+            "score": [self.policy.score, self.policy.confident_from, self.policy.boundary_weight],
             "split": self.split.split,
             "images": len(self.split.names),
             "names": hashlib.sha256("\n".join(self.split.names).encode()).hexdigest()[:16],

@@ -124,8 +124,8 @@ def test_thresholds_meet_the_budget_and_score_what_the_table_said(trained, netwo
 @pytest.mark.parametrize("unit", ["macs", "milliseconds"])
 def test_a_budget_is_spent_to_97_percent_in_either_unit(network, monkeypatch, unit, how):
     table, model = random_table(images=200), network[0]
-    found = ExitsOfSplit(tuple(map(str, range(200))), table.scores, table.matrices, (64, 64))
-    monkeypatch.setattr("dance_seg.calibration.exits_of_split", lambda *_: found)
+    found = ExitsOfSplit(tuple(map(str, range(200))), table.scores, table.matrices, (64, 64), ExitPolicy())
+    monkeypatch.setattr("dance_seg.calibration.exits_of_split", lambda *_: [found])
     monkeypatch.setattr("dance_seg.calibration.path_milliseconds", lambda *_: PathCosts((1.0, 2.0, 4.0), (0.1,) * 3))
     calibration, _ = calibrate(model, None, budget=0.6, split="val", unit=unit, how=how)
     assert 0.97 * 0.6 <= calibration.achieved[f"{unit}_share"] <= 0.6
@@ -146,10 +146,12 @@ def test_an_answer_comes_by_the_deadline(trained, network):
         load_predictor("network.onnx", deadline_ms=5)
 
 
-def test_a_calibrated_checkpoint_keeps_its_thresholds_and_its_weights(trained, network, tmp_path):
+@pytest.mark.parametrize("score", ["entropy", "gain"])
+def test_a_calibrated_checkpoint_keeps_its_thresholds_and_its_weights(trained, network, tmp_path, score):
     folder, datamodule = trained
     model, _, path = network
-    calibration, _ = calibrate(model, datamodule, budget=0.6, split="val", policy=ExitPolicy(score="entropy"))
+    calibration, _ = calibrate(model, datamodule, budget=0.6, split="val", policy=ExitPolicy(score=score))
+    assert bool(calibration.policy.lines) == (score == "gain")
     copied = tmp_path / "calibrated.ckpt"
     save_checkpoint(load_checkpoint(path), copied)
     write_calibration(copied, calibration)
@@ -303,7 +305,7 @@ def test_predictions_of_a_file_stop_where_the_checkpoint_says(trained, network, 
 
 def test_the_table_counts_every_exit_of_every_image(trained, network):
     _, datamodule = trained
-    found = exits_of_split(network[0], datamodule, "val", ExitPolicy())
+    (found,) = exits_of_split(network[0], datamodule, "val", ExitPolicy())
     assert found.names == tuple(datamodule.source("val").names)
     labelled = [(datamodule.source("val").load(index).label != 255).sum() for index in range(6)]
     assert (found.matrices.sum(axis=(2, 3)) == np.array(labelled)[:, None]).all()
@@ -326,9 +328,9 @@ def test_the_tools_calibrate_evaluate_and_refuse(trained, tmp_path):
         return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
 
     figures = tmp_path / "figures.json"
-    done = call("calibrate", "--budget", "0.7", "--score", "mean", "--json", str(figures), "--beside", str(folder))
+    done = call("calibrate", "--budget", "0.7", "--json", str(figures), "--beside", str(folder))
     assert done.returncode == 0, done.stderr
-    assert "calibrated on val: 6 images" in done.stdout
+    assert "calibrated on val: 6 images, score mean" in done.stdout  # too few for the score gain
     assert json.loads(figures.read_text())["achieved"]["macs_share"] <= 0.7
     written = json.loads((folder / "calibration.json").read_text())
     assert written["curves"]["macs"]

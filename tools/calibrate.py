@@ -20,9 +20,10 @@ if TYPE_CHECKING:
     from dance_seg.calibration import Calibration
     from dance_seg.recipe import Recipe
 
-SCORES = ("confident", "mean", "entropy")
+SCORES = ("confident", "mean", "entropy", "gain")
 METHODS = ("direct", "geometric")
 UNITS = ("macs", "milliseconds")
+FEW = 80  # images; a line fitted to fewer tells no more than the mean confidence (recipes/README.md)
 PICTURES = 4  # of each exit
 
 
@@ -38,7 +39,9 @@ def arguments_parser() -> argparse.ArgumentParser:
     made.add_argument("--split", choices=SPLITS, default="val", help="do not score on it; default: val")
     made.add_argument("--checkpoint", default="best", help="best, last or a path; default: best")
     made.add_argument("--method", choices=METHODS, default="direct", help="direct seeks mIoU; geometric is RANet's")
-    made.add_argument("--score", choices=SCORES, default="confident", help="how sure an exit is; default: confident")
+    made.add_argument(
+        "--score", choices=SCORES, help=f"how sure an exit is; default: gain, for fewer than {FEW} images mean"
+    )
     made.add_argument("--confident-from", metavar="P", type=float, default=0.9, help="of the score confident")
     made.add_argument("--boundary-weight", metavar="W", type=float, default=1.0, help="of pixels at boundaries, 0 to 1")
     made.add_argument("--beside", metavar="RUN", type=Path, nargs="+", default=[], help="static runs, for the curve")
@@ -57,9 +60,6 @@ def main() -> int:
     from dance_seg.report.run_page import write_report
     from datamodules import build_datamodule
 
-    policy = ExitPolicy(
-        score=arguments.score, confident_from=arguments.confident_from, boundary_weight=arguments.boundary_weight
-    )
     model, record, path = load_run(arguments.run, arguments.checkpoint)
     recipe = recipe_from_record(record["recipe"], overrides=arguments.overrides)
     if arguments.budget_macs is not None and arguments.unit != "macs":
@@ -70,6 +70,8 @@ def main() -> int:
             "recipes/shapes_ranet.yaml"
         )
     datamodule = build_datamodule(recipe)
+    score: Any = arguments.score or ("mean" if len(datamodule.source(arguments.split)) < FEW else "gain")
+    policy = ExitPolicy(score=score, confident_from=arguments.confident_from, boundary_weight=arguments.boundary_weight)
     # Images are seen as evaluate and predict will show them.
     datamodule.adaptive = adaptive_of({**record, "recipe": recipe_record(recipe)})
     calibration, found = calibrate(
@@ -192,7 +194,7 @@ def track(
 def print_table(calibration: "Calibration") -> None:
     """One row per exit, and below what stopping comes to on the calibration split."""
     macs, milliseconds, achieved = calibration.costs["macs"], calibration.costs["milliseconds"], calibration.achieved
-    print(f"calibrated on {calibration.split}: {achieved['images']} images")
+    print(f"calibrated on {calibration.split}: {achieved['images']} images, score {calibration.policy.score}")
     print("  exit  threshold     mIoU   GMACs      ms  leaves here")
     thresholds = [*(f"{value:9.4f}" for value in calibration.policy.thresholds), "        -"]
     for exit, threshold in enumerate(thresholds):

@@ -18,7 +18,7 @@ from dance_seg.early_exit.exits import ExitNetwork
 from dance_seg.evaluator import argmax, labels_of, refuse_not_finite
 from dance_seg.sample import CoarseLogits
 
-Score = Literal["confident", "mean", "entropy"]
+Score = Literal["confident", "mean", "entropy", "gain"]
 
 LEAST_LOGIT = -200.0
 """Relative to the leading one; its probability is 0 in float32, and times the logit it is still 0 and not NaN."""
@@ -33,7 +33,9 @@ class ExitPolicy:
 
     * confident: share of the pixels whose confidence is at least `confident_from`;
     * mean: mean confidence;
-    * entropy: 1 - mean entropy.
+    * entropy: 1 - mean entropy;
+    * gain: how little mIoU is expected to gain by going on, from how much of each class the exit sees and how unsure of
+      it it is, by the `lines` that are fitted where thresholds are calibrated (see early_exit/gain.py).
 
     An exit is never sure along boundaries, of easy images too. Pixels that differ from a neighbour in the predicted
     mask count `boundary_weight` in these means (an idea of MESS, as far as recalled); 1 is the plain mean.
@@ -50,6 +52,7 @@ class ExitPolicy:
     confident_from: float = 0.9
     boundary_weight: float = 1.0
     thresholds: tuple[float, ...] = ()  # one per exit but the last
+    lines: tuple[tuple[float, ...], ...] = ()  # one per exit but the last: a constant, and two weights per class
 
     def __post_init__(self) -> None:
         """Refuse values that make no sense; lists become tuples."""
@@ -68,6 +71,19 @@ class ExitPolicy:
             if not _number(threshold) or not (0 <= threshold <= 1 or threshold == math.inf):
                 raise ValueError(f"thresholds[{place}] is {threshold!r}: {allowed}")
         object.__setattr__(self, "thresholds", tuple(float(threshold) for threshold in self.thresholds))
+        object.__setattr__(self, "lines", self._lines())
+
+    def _lines(self) -> tuple[tuple[float, ...], ...]:
+        allowed = "one list of finite numbers per exit but the last: a constant, and two weights per class"
+        lines = self.lines
+        if not isinstance(lines, tuple | list) or not all(isinstance(line, tuple | list) and line for line in lines):
+            raise ValueError(f"lines is {lines!r}: {allowed}")
+        for place, line in enumerate(lines):
+            if len(line) != len(lines[0]) or not all(_number(value) and math.isfinite(value) for value in line):
+                raise ValueError(f"lines[{place}] is {line!r}: {allowed}")
+        if lines and self.score != "gain":
+            raise ValueError(f"lines are those of the score gain, and score is {self.score!r}; leave them empty")
+        return tuple(tuple(float(value) for value in line) for line in lines)
 
     @property
     def asked(self) -> tuple[bool, ...]:
@@ -75,28 +91,66 @@ class ExitPolicy:
         return (*(threshold < math.inf for threshold in self.thresholds), True)
 
     @torch.no_grad()
-    def scores(self, coarse: CoarseLogits, size: Sequence[int] | None = None) -> Tensor:
+    def scores(self, coarse: CoarseLogits, size: Sequence[int] | None = None, exit: int = 0) -> Tensor:
         """How sure an exit is of each image: float32 (N,) in [0, 1], computed on the coarse logits.
 
-        `size` (H, W) is that of the images where they were padded; what lies outside of them does not count.
-        Raises ValueError when a logit is NaN or infinite.
+        `size` (H, W) is that of the images where they were padded; what lies outside of them does not count. Which
+        `exit` it is only the score `gain` asks. Raises ValueError when a logit is NaN or infinite, and when lines are
+        missing or of other classes.
 
         >>> coarse = CoarseLogits(torch.tensor([[[[4.0, 0.0]], [[0.0, 0.0]]]]), (1, 2), align_corners=False)
         >>> ExitPolicy().scores(coarse), ExitPolicy().scores(coarse, (1, 1))
         (tensor([0.5000]), tensor([1.]))
         """
+        if self.score == "gain":
+            evidence = self.evidence(coarse, size)
+            constant, *weights = self._line(exit, coarse.logits.shape[1])
+            return torch.sigmoid(-(evidence @ evidence.new_tensor(weights) + constant))
+        logits = self._logits(coarse, size)
+        return self._mean(self.sureness(logits), logits).clamp(0, 1)
+
+    @torch.no_grad()
+    def evidence(self, coarse: CoarseLogits, size: Sequence[int] | None = None) -> Tensor:
+        """What the score `gain` goes by: of each class the means of p, then those of p (1 - p), float32 (N, 2 C).
+
+        `size` as for `scores`. Raises ValueError when a logit is NaN or infinite.
+        """
+        logits = self._logits(coarse, size)
+        probabilities = logits.softmax(1)
+        return self._mean(torch.cat([probabilities, probabilities * (1 - probabilities)], dim=1), logits)
+
+    def _logits(self, coarse: CoarseLogits, size: Sequence[int] | None) -> Tensor:
         logits = within_image(coarse, coarse.padded_size if size is None else size).float()
         refuse_not_finite(logits)
-        values = self.sureness(logits)
+        return logits
+
+    def _mean(self, values: Tensor, logits_NChw: Tensor) -> Tensor:
+        """The means over rows and columns of values (N, h, w) or (N, C, h, w), as the score counts pixels."""
+        plain = values.mean(dim=(-2, -1))
         if self.boundary_weight == 1:
-            return values.mean(dim=(1, 2)).clamp(0, 1)
-        weights = torch.where(predicted_boundary(logits), self.boundary_weight, 1.0)
-        total = weights.sum(dim=(1, 2))
-        weighted = (values * weights).sum(dim=(1, 2)) / total
-        return torch.where(total > 0, weighted, values.mean(dim=(1, 2))).clamp(0, 1)
+            return plain
+        weights = torch.where(predicted_boundary(logits_NChw), self.boundary_weight, 1.0)  # (N, h, w)
+        weights = weights if values.ndim == 3 else weights[:, None]
+        total = weights.sum(dim=(-2, -1))
+        return torch.where(total > 0, (values * weights).sum(dim=(-2, -1)) / total, plain)
+
+    def _line(self, exit: int, num_classes: int) -> tuple[float, ...]:
+        if not self.lines:
+            raise ValueError(
+                "the score gain has no lines yet; calibrate the network's exits (python -m tools.calibrate)"
+            )
+        if exit >= len(self.lines):  # the last exit, behind which nothing is gained
+            return (0.0,) * (1 + 2 * num_classes)
+        if len(self.lines[exit]) != 1 + 2 * num_classes:
+            known = (len(self.lines[exit]) - 1) // 2
+            raise ValueError(
+                f"lines are for {known} classes, and the exit tells {num_classes} apart; calibrate this network "
+                "(python -m tools.calibrate)"
+            )
+        return self.lines[exit]
 
     def sureness(self, logits_NChw: Tensor) -> Tensor:
-        """What the score is the mean of: float32 (N, h, w) in [0, 1]."""
+        """What the scores but `gain` are the mean of: float32 (N, h, w) in [0, 1]."""
         below = logits_NChw - logits_NChw.amax(1, keepdim=True)
         odds = below.exp()  # of each class against the leading one
         total = odds.sum(1)
@@ -108,7 +162,12 @@ class ExitPolicy:
         return 1 - entropy / math.log(max(2, logits_NChw.shape[1]))
 
     def check_fits(self, num_exits: int) -> None:
-        """Raise ValueError unless there is one threshold for each of a network's exits but the last."""
+        """Raise ValueError unless there is one threshold for each of a network's exits but the last, and one line."""
+        if self.lines and len(self.lines) != num_exits - 1:
+            raise ValueError(
+                f"lines are for {len(self.lines)} exits and the network has {num_exits}, which takes {num_exits - 1}, "
+                "one per exit but the last; calibrate this network (python -m tools.calibrate)"
+            )
         if len(self.thresholds) != num_exits - 1:
             raise ValueError(
                 f"thresholds has {len(self.thresholds)} values and the network {num_exits} exits, which takes "
@@ -118,7 +177,10 @@ class ExitPolicy:
     def as_record(self) -> dict[str, Any]:
         """Plain data for a checkpoint or JSON; infinity, which JSON does not have, as None."""
         never = [None if threshold == math.inf else threshold for threshold in self.thresholds]
-        return {**asdict(self), "thresholds": never}
+        record = {**asdict(self), "thresholds": never, "lines": [list(line) for line in self.lines]}
+        if not self.lines:
+            del record["lines"]
+        return record
 
     @classmethod
     def from_record(cls, record: Any) -> "ExitPolicy":
@@ -131,7 +193,7 @@ class ExitPolicy:
         if not isinstance(record, Mapping):
             raise ValueError(f"the record of an exit policy is {type(record).__name__}; it maps {', '.join(keys)}")
         for key in keys:
-            if key not in record:
+            if key not in record and key != "lines":
                 raise ValueError(f"{key} is missing in the record of an exit policy, which has {', '.join(keys)}")
         for key in record:
             if key not in keys:
@@ -163,7 +225,17 @@ class EveryExit(NamedTuple):
     """What each exit says of a batch: what thresholds are calibrated on."""
 
     labels: Tensor  # uint8 (K, N, H, W), on the CPU
-    scores: Tensor  # float32 (N, K)
+    coarse: tuple[CoarseLogits, ...]  # of K exits, where the network is
+    size: tuple[int, int]  # (h, w) of the images
+
+    def scores(self, policy: ExitPolicy) -> Tensor:
+        """A policy's scores, float32 (N, K), on the CPU."""
+        found = [policy.scores(coarse, self.size, exit).cpu() for exit, coarse in enumerate(self.coarse)]
+        return torch.stack(found, dim=1)
+
+    def evidence(self, policy: ExitPolicy) -> Tensor:
+        """What each exit sees of each class, as a policy weighs pixels: float32 (N, K, 2 C), on the CPU."""
+        return torch.stack([policy.evidence(coarse, self.size).cpu() for coarse in self.coarse], dim=1)
 
 
 @torch.no_grad()
@@ -200,7 +272,7 @@ def decide(
             stays = torch.ones(len(there), dtype=torch.bool)
             if coarse is not None:
                 if thresholds[exit] < math.inf:
-                    found = policy.scores(coarse, images.shape[-2:]).cpu()
+                    found = policy.scores(coarse, images.shape[-2:], exit).cpu()
                     scores[there] = found
                     stays = ~(found >= thresholds[exit])
                 if exit == last or (deadline is not None and deadline_passed(deadline, images.device)):
@@ -226,16 +298,15 @@ def deadline_passed(deadline: Callable[[], bool], device: torch.device) -> bool:
 
 
 @torch.no_grad()
-def at_every_exit(model: ExitNetwork, images: Tensor, size: tuple[int, int], policy: ExitPolicy) -> EveryExit:
-    """What every exit says of normalised images (N, 3, h, w), whatever the policy's thresholds: to calibrate them.
+def at_every_exit(model: ExitNetwork, images: Tensor, size: tuple[int, int]) -> EveryExit:
+    """What every exit says of normalised images (N, 3, h, w), with labels at `size` (H, W): to calibrate thresholds.
 
-    Raises ValueError as `decide` does, but for the thresholds.
+    Raises ValueError when the network is in training mode, and when logits are not finite.
     """
     refuse_training(model)
-    found = [coarse for coarse in model.exits(images) if coarse is not None]
-    labels = [labels_of(coarse, images.shape[-2:], size) for coarse in found]
-    scores = [policy.scores(coarse, images.shape[-2:]).cpu() for coarse in found]
-    return EveryExit(torch.stack(labels), torch.stack(scores, dim=1))
+    found = tuple(coarse for coarse in model.exits(images) if coarse is not None)
+    labels = torch.stack([labels_of(coarse, images.shape[-2:], size) for coarse in found])
+    return EveryExit(labels, found, (images.shape[-2], images.shape[-1]))
 
 
 def refuse_training(model: ExitNetwork) -> None:

@@ -99,7 +99,7 @@ def normalised(images: list[np.ndarray]) -> Tensor:
 def in_thirds(model: ExitNetwork, images: list[np.ndarray]) -> ExitPolicy:
     """A policy by which as many images leave at each exit, its thresholds halfway between two images' scores."""
     policy = ExitPolicy(score="mean")
-    scores = at_every_exit(model, normalised(images), SIZE, policy).scores
+    scores = at_every_exit(model, normalised(images), SIZE).scores(policy)
     share, there, thresholds = len(images) // model.num_exits, torch.arange(len(images)), []
     for of_exit in scores.T[:-1]:
         order = of_exit[there].argsort(descending=True)

@@ -10,6 +10,7 @@ import torch
 
 from dance_seg import subnet_scores
 from dance_seg.calibration import ExitsOfSplit
+from dance_seg.early_exit.policy import ExitPolicy
 from dance_seg.errors import DataError
 from dance_seg.models.multi_stage import MultiStageSupernet
 from dance_seg.subnet_scores import SubnetScores, latency_table
@@ -32,7 +33,7 @@ class Split:
         matrices = np.tile(np.eye(2, dtype=np.int32), (4, 3, 1, 1))
         matrices[:2, :2] = [[0, 1], [0, 1]]  # the first two images need the last exit
         scores = np.repeat(np.float32([[0.1], [0.2], [0.8], [0.9]]), 3, axis=1)
-        return ExitsOfSplit(tuple(self.names), scores, matrices, self.size)
+        return ExitsOfSplit(tuple(self.names), scores, matrices, self.size, policy)
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +110,13 @@ def test_scores_are_known_by_the_table_and_the_images_of_statistics(model, table
 
     assert about() == about()
     assert about() != about(statistics=3)
+    assert about() != about(policy=ExitPolicy(score="entropy"))
     assert about(table=table) != about(table=replace(table, factor=2 * table.factor))
+
+
+def test_a_score_that_is_fitted_to_one_network_is_refused(model):
+    with pytest.raises(ValueError, match="the score gain is fitted to one network, and a search judges many"):
+        SubnetScores(model, Split(), Budget(1.0), "dynamic", policy=ExitPolicy(score="gain"))
 
 
 def test_another_budget_does_not_run_a_network_again(model):

@@ -377,7 +377,8 @@ def stopping(
     """The lines of all exits alone, of stopping within both budgets and of random exits; budgets met, who left."""
     from dance_seg.early_exit.paths import path_costs
 
-    on_calibration, on_test = by_policy(model, data, calibration), by_policy(model, data, test)
+    on_calibration = by_policy(model, data, calibration, every_score())
+    on_test = by_policy(model, data, test, list(on_calibration))
     some = next(iter(on_test.values()))
     costs = Costs(path_costs(model, some.size), milliseconds)
     rows = exit_figures(some, costs)
@@ -438,13 +439,20 @@ def adaptive_row(unit: str) -> str:
     return f"adaptive, {BUDGET:g} of the {'MACs' if unit == 'macs' else 'ms'}"
 
 
-def by_policy(model: "ExitNetwork", data: "SegmentationDataModule", split: str) -> "dict[ExitPolicy, ExitsOfSplit]":
-    """What every exit says of a split, by each score and weight of boundaries; thresholds are not set."""
-    from dance_seg.calibration import exits_of_split
+def every_score() -> "list[ExitPolicy]":
+    """The policies that are tried: each score and weight of boundaries; thresholds are not set."""
     from dance_seg.early_exit.policy import ExitPolicy, Score
 
-    policies = [ExitPolicy(score=score, boundary_weight=w) for score in get_args(Score) for w in BOUNDARY_WEIGHTS]
-    return {policy: exits_of_split(model, data, split, policy) for policy in policies}
+    return [ExitPolicy(score=score, boundary_weight=w) for score in get_args(Score) for w in BOUNDARY_WEIGHTS]
+
+
+def by_policy(
+    model: "ExitNetwork", data: "SegmentationDataModule", split: str, policies: "Sequence[ExitPolicy]"
+) -> "dict[ExitPolicy, ExitsOfSplit]":
+    """What every exit says of a split, by the score of each policy, with lines where those are fitted here."""
+    from dance_seg.calibration import exits_of_split
+
+    return {found.policy: found for found in exits_of_split(model, data, split, *policies)}
 
 
 def unset(policy: "ExitPolicy") -> "ExitPolicy":
@@ -896,9 +904,10 @@ def ranet_proofs(model: Any, data: "SegmentationDataModule", split: str) -> Proo
     from dance_seg.calibration import exits_of_split
     from dance_seg.early_exit.policy import ExitPolicy
 
-    whole = exit_mious(exits_of_split(model, data, split, ExitPolicy()))
+    (found,) = exits_of_split(model, data, split, ExitPolicy())
     with coarse_features_zeroed(model):
-        without = exit_mious(exits_of_split(model, data, split, ExitPolicy()))
+        (without_coarse,) = exits_of_split(model, data, split, ExitPolicy())
+    whole, without = exit_mious(found), exit_mious(without_coarse)
     pairs = list(zip(whole, without, strict=True))[1:]  # the first sub-network has nothing coarser
     return {f"drop_without_coarse_features_exit_{k}": a - b for k, (a, b) in enumerate(pairs, start=2)}, {}
 

@@ -78,7 +78,7 @@ def test_a_batch_that_stops_early_executes_what_its_ways_are_said_to_cost(model)
     torch.manual_seed(0)
     network, images, size = model().eval(), torch.randn(4, 3, 64, 96), (64, 96)
     every = ExitPolicy(score="mean", thresholds=(0.0,) * (network.num_exits - 1))
-    scores = at_every_exit(network, images, size, every).scores
+    scores = at_every_exit(network, images, size).scores(every)
     policy = replace(every, thresholds=tuple(scores[:, :-1].median(dim=0).values.tolist()))
     costs = path_costs(network, size)
 

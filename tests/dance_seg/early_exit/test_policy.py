@@ -159,7 +159,7 @@ def test_a_threshold_of_zero_is_the_first_exit_and_nothing_else_runs():
 def middle_policy(model: ExitNetwork, images: torch.Tensor, **options) -> tuple[ExitPolicy, torch.Tensor]:
     """Thresholds half-way between scores, so that some images leave at each exit; and where they should."""
     policy = ExitPolicy(score="mean", **options)
-    scores = at_every_exit(model, images, (9, 12), policy).scores
+    scores = at_every_exit(model, images, (9, 12)).scores(policy)
     first = scores[:, 0].sort().values[3:5].mean().item()
     rest = scores[scores[:, 0] < first, 1].sort().values[1:3].mean().item()
     expected = torch.where(scores[:, 0] >= first, 0, torch.where(scores[:, 1] >= rest, 1, 2))
@@ -170,7 +170,7 @@ def middle_policy(model: ExitNetwork, images: torch.Tensor, **options) -> tuple[
 def test_each_image_gets_the_answer_of_its_exit_and_the_parts_behind_do_not_see_it(boundary_weight):
     model, images = Toy(light=True).eval(), random_images()
     policy, expected = middle_policy(model, images, boundary_weight=boundary_weight)
-    every = at_every_exit(model, images, (9, 12), policy)
+    every = at_every_exit(model, images, (9, 12))
     for counted in (*model.parts, *model.heads):
         counted.images.clear()
 
@@ -182,7 +182,7 @@ def test_each_image_gets_the_answer_of_its_exit_and_the_parts_behind_do_not_see_
     assert model.calls() == model.head_calls() == [6, 4, 2]
     leave_early = expected < 2
     torch.testing.assert_close(
-        decided.scores[leave_early], every.scores[torch.arange(6), expected][leave_early], rtol=1e-5, atol=1e-6
+        decided.scores[leave_early], every.scores(policy)[torch.arange(6), expected][leave_early], rtol=1e-5, atol=1e-6
     )
     assert decided.scores[~leave_early].isnan().all()
 
@@ -204,7 +204,7 @@ def test_labels_are_taken_at_another_size_than_the_images():
 
     decided = decide(model, images, (20, 31), policy)
 
-    assert torch.equal(decided.labels, at_every_exit(model, images, (20, 31), policy).labels[expected, torch.arange(6)])
+    assert torch.equal(decided.labels, at_every_exit(model, images, (20, 31)).labels[expected, torch.arange(6)])
 
 
 def test_the_walk_is_closed_when_nobody_is_left():
@@ -223,7 +223,7 @@ def test_the_walk_is_closed_when_nobody_is_left():
 
 def test_an_image_leaves_at_a_score_equal_to_the_threshold():
     model, image = Toy().eval(), random_images(1)
-    score = at_every_exit(model, image, (9, 12), ExitPolicy(score="mean")).scores[0, 0].item()
+    score = at_every_exit(model, image, (9, 12)).scores(ExitPolicy(score="mean"))[0, 0].item()
 
     for threshold, exit in ((score, 0), (float(np.nextafter(np.float32(score), np.float32(1))), 2)):
         policy = ExitPolicy(score="mean", thresholds=(threshold, math.inf))
@@ -242,7 +242,7 @@ def test_a_deadline_lets_everybody_leave_at_the_next_exit():
 
     assert decided.exits.tolist() == [1] * 6
     assert model.calls() == model.head_calls() == [6, 6, 0]  # every exit is asked
-    every = at_every_exit(model, images, (9, 12), ExitPolicy())
+    every = at_every_exit(model, images, (9, 12))
     assert torch.equal(decided.labels, every.labels[1])
 
 
@@ -266,7 +266,7 @@ def test_a_network_in_training_mode_is_refused():
     with pytest.raises(ValueError, match="training mode"):
         decide(Toy().train(), random_images(), (9, 12), ExitPolicy(thresholds=NEVER))
     with pytest.raises(ValueError, match="training mode"):
-        at_every_exit(Toy().train(), random_images(), (9, 12), ExitPolicy())
+        at_every_exit(Toy().train(), random_images(), (9, 12))
 
 
 @pytest.mark.parametrize("thresholds", [NEVER, (0.5, 0.5)])
@@ -282,10 +282,10 @@ def test_logits_that_are_not_finite_give_no_label(thresholds):
 def test_every_exit_is_the_networks_own():
     model, images = Toy().eval(), random_images(2)
 
-    every = at_every_exit(model, images, (9, 12), ExitPolicy())
+    every = at_every_exit(model, images, (9, 12))
 
     assert every.labels.shape == (3, 2, 9, 12)
-    assert every.scores.shape == (2, 3)
+    assert every.scores(ExitPolicy()).shape == (2, 3)
     assert torch.equal(every.labels[2], predict_labels(model, images, (9, 12)))
     assert np.unique(every.labels).max() < CLASSES
 

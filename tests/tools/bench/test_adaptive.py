@@ -59,7 +59,7 @@ def toy():
 @pytest.fixture
 def some_stay(toy):
     """Thresholds by which a third of the images leaves at each exit."""
-    found = adaptive.by_policy(toy, FewImages(), "val")[ExitPolicy(score="mean")]
+    found = adaptive.by_policy(toy, FewImages(), "val", [ExitPolicy(score="mean")])[ExitPolicy(score="mean")]
     first = float(np.sort(found.scores[:, 0])[-4])
     rest = np.sort(found.scores[found.scores[:, 0] < first, 1])
     return ExitPolicy(score="mean", thresholds=(first, float(rest[-4])))
@@ -68,7 +68,9 @@ def some_stay(toy):
 def split_of(scores, right):
     """Two classes, ten pixels of each an image; `right` of each exit: how many of each class are right."""
     matrices = np.array([[[[one, 10 - one], [10 - one, one]] for one in of_image] for of_image in right])
-    return ExitsOfSplit(tuple(map(str, range(len(scores)))), np.float32(scores), matrices.astype(np.int32), SIZE)
+    return ExitsOfSplit(
+        tuple(map(str, range(len(scores)))), np.float32(scores), matrices.astype(np.int32), SIZE, ExitPolicy()
+    )
 
 
 # Choosing and judging -------------------------------------------------------------------------------------------------
