@@ -107,6 +107,17 @@ def test_a_static_network_of_equal_time_is_the_best_mixture_of_twins():
     assert adaptive.static_of_equal_milliseconds([Figures(50, 1, 1), slow._replace(miou=45)], 5).miou == 50
 
 
+def test_every_score_is_tried_and_fitted_where_thresholds_are_chosen(toy):
+    policies = adaptive.every_score()
+    assert {(policy.score, policy.boundary_weight) for policy in policies} == {
+        (score, weight) for score in ("confident", "mean", "entropy", "gain") for weight in (1.0, 0.25)
+    }
+    found = adaptive.by_policy(toy, FewImages(), "val", policies)
+    assert [policy.score for policy in found if policy.lines] == ["gain", "gain"]
+    again = adaptive.by_policy(toy, FewImages(), "test", list(found))
+    assert again.keys() == found.keys()
+
+
 def test_rank_correlation_is_that_of_spearman_and_none_where_all_are_alike():
     stats = pytest.importorskip("scipy.stats")
     exits, errors = np.array([0, 2, 1, 0, 2, 1]), np.array([0.1, 0.3, 0.3, 0.2, 0.05, 0.4])
@@ -116,6 +127,8 @@ def test_rank_correlation_is_that_of_spearman_and_none_where_all_are_alike():
 
 def test_the_table_of_a_toy_has_every_line_and_its_figures(toy, monkeypatch):
     monkeypatch.setattr(adaptive, "BUDGET", 0.95)  # the first exit of the toy is most of it
+    # Not the score gain, by which images of the calibration split have other scores than any others.
+    monkeypatch.setattr(adaptive, "every_score", lambda: [ExitPolicy(score="mean"), ExitPolicy(score="entropy")])
     data, milliseconds = FewImages(), PathCosts((1.0, 2.0, 4.0), (0.1, 0.1, 0.1), "milliseconds")
     found, costs = adaptive.stopping(toy, data, milliseconds, "val", "test")
     assert costs.macs == path_costs(toy, SIZE)
@@ -379,6 +392,8 @@ def test_twins_are_trained_for_their_exit_or_at_their_resolution(tmp_path, monke
         return SimpleNamespace(folder=runs / row)
 
     monkeypatch.setattr(adaptive, "trained", noted)
+    fetched = tmp_path / "weights.safetensors"
+    monkeypatch.setattr(adaptive, "fetch", lambda path: fetched)
     setting = adaptive.setting_of(None, tmp_path, ["trainer.max_epochs=3"])
     folders = adaptive.trained_runs("ranet", 0, setting) | adaptive.trained_runs("basisnet", 0, setting)
     assert folders[Twin(exit=1)] == tmp_path / "ranet_twin_exit_2"
@@ -388,6 +403,11 @@ def test_twins_are_trained_for_their_exit_or_at_their_resolution(tmp_path, monke
     assert given["basisnet_twin_50"]["data"]["args"]["resolution"] == 0.5
     assert all(record["trainer"]["max_epochs"] == 3 for record in given.values())
     assert len(given) == 2 + 4 + 4 + 3
+    begun = given["basisnet"]["model"]["args"]
+    assert begun["encoder_weights"] == begun["preview_weights"] == str(fetched)
+    assert given["basisnet_twin_67"]["model"]["args"]["encoder_weights"] == str(fetched)
+    assert "encoder_weights" not in given["ranet"]["model"]["args"]
+    assert adaptive.pretrained(["model.args.encoder_name=resnet18"]) == []
     assert sorted(seeds["basisnet_twin_100_copy_2"]) == [2000]
 
 
@@ -404,7 +424,7 @@ def test_overrides_of_exits_stay_away_from_twins_and_counts_of_images_reach_the_
     setting = adaptive.setting_of(None, tmp_path, given)
     assert setting.with_exits == ["model.args.size=small", "early_exit.weights=[1,1,1]"]
     assert setting.common == ["tracking.wandb=disabled", "trainer.max_epochs=2", "data.args.num_test=5"]
-    assert setting.measured_on == ["data.args.num_val=160", "data.args.num_test=160", "data.args.num_test=5"]
+    assert setting.measured_on == ["data.args.num_val=480", "data.args.num_test=320", "data.args.num_test=5"]
     camvid = adaptive.setting_of(tmp_path, tmp_path, [])
     assert (camvid.data, camvid.calibration, camvid.test) == ("camvid", "val", "held_out")
     with pytest.raises(ValueError, match="no such folder"):
