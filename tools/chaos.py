@@ -207,8 +207,7 @@ def killed(
     ranks = start(recipe, place, tamper)
     time.sleep(moment)
     unlucky = moments.choice(ranks)
-    if unlucky.exitcode is None:
-        os.kill(unlucky.pid, signal.SIGKILL)  # type: ignore[arg-type]
+    unlucky.kill()  # which is nothing to a process that ends at this moment
     codes = wait(ranks)
     if codes[ranks.index(unlucky)] == -signal.SIGKILL:
         return True

@@ -1,6 +1,9 @@
 """Scenarios 1 and 20: ten kills at random moments, dense and DANCE, in one process and in two; not one bit moves."""
 
 import json
+import multiprocessing
+import os
+import random
 import signal
 import sys
 from dataclasses import replace
@@ -8,9 +11,21 @@ from pathlib import Path
 
 import pytest
 
+import tools.chaos
 from tests.durability.faults import AtStep, kill, kill_once_saved
 from tests.durability.small import METHODS, small
-from tools.chaos import KILLS_A_RUN, chaos, differing, disturbed, end_of, start, tiny_recipe, train_to_its_end, wait
+from tools.chaos import (
+    KILLS_A_RUN,
+    chaos,
+    differing,
+    disturbed,
+    end_of,
+    killed,
+    start,
+    tiny_recipe,
+    train_to_its_end,
+    wait,
+)
 
 CASES = [
     ("dense", 1, 4),
@@ -31,6 +46,17 @@ def test_every_killed_run_ends_as_the_undisturbed_one(name, ranks, kills, cache,
     recipe = tiny_recipe(f"recipes/shapes_{name}.yaml", [f"trainer.devices={ranks}", *short], cache=cache)
     outcome = chaos(recipe, tmp_path, kills, seed=ranks)
     assert (outcome.kills, outcome.identical, outcome.differences) == (kills, kills, [])
+
+
+def test_a_training_that_ends_just_before_its_kill_was_not_killed(monkeypatch, tmp_path):
+    """A process that is gone, which nobody has been told of yet."""
+    ended = multiprocessing.get_context("fork").Process(target=int)
+    ended.start()
+    os.waitpid(ended.pid, 0)
+    assert ended.exitcode is None
+    monkeypatch.setattr(tools.chaos, "start", lambda *_: [ended])
+    monkeypatch.setattr(tools.chaos, "wait", lambda ranks: [0])
+    assert not killed(None, tmp_path, 0.0, random.Random(0), None)
 
 
 def from_the_start_of_the_epoch():
