@@ -205,9 +205,8 @@ def pretrained(given: Sequence[str]) -> list[str]:
     if any(override.startswith("model.args.encoder_name=") for override in given):
         return []
     file = fetch(WEIGHTS).resolve()
-    return [f"model.args.{key}" for key in (f"encoder_name={ENCODER}", f"encoder_weights={file}")] + [
-        f"model.args.{key}" for key in (f"preview_encoder={ENCODER}", f"preview_weights={file}")
-    ]
+    begun = {"encoder_name": ENCODER, "encoder_weights": file, "preview_encoder": ENCODER, "preview_weights": file}
+    return [f"model.args.{key}={value}" for key, value in begun.items()]
 
 
 def for_exit(exit: int, num_exits: int) -> list[str]:
