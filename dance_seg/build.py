@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from pytorch_lightning import Trainer
-from pytorch_lightning.utilities.rank_zero import rank_zero_info
+from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 
 from dance_seg.allocation import ValuesAtMost
@@ -39,7 +39,7 @@ from dance_seg.early_exit.exits import ExitNetwork
 from dance_seg.errors import first_line
 from dance_seg.heartbeat import Heartbeat
 from dance_seg.losses import SoftLabels
-from dance_seg.machine import use_threads, write_text
+from dance_seg.machine import has_bfloat16, processor, use_threads, write_text
 from dance_seg.models import MODELS
 from dance_seg.module import SegmentationModule
 from dance_seg.network_slimming.slim import check_reachable
@@ -145,6 +145,11 @@ def build_trainer(recipe: Recipe, datamodule: "SegmentationDataModule", folder: 
     on_cpu = options.accelerator == "cpu" or not (torch.cuda.is_available() or torch.backends.mps.is_available())
     if options.sync_batchnorm and on_cpu:
         rank_zero_info("trainer.sync_batchnorm is ignored: SyncBatchNorm does not run on a CPU")
+    if options.precision == "bf16-mixed" and on_cpu and has_bfloat16() is False:
+        rank_zero_warn(
+            f"trainer.precision is bf16-mixed, and {processor()} has no bfloat16 instructions: this takes several times "
+            "as long as trainer.precision=32-true"
+        )
     metrics = JsonlLogger(folder)
     mirror = tracker_of(recipe, folder)
 

@@ -2,16 +2,18 @@
 
 import json
 import signal
+import warnings
 
 import numpy as np
 import pytest
 import torch
 
-from dance_seg.build import load_model, load_run, train
+from dance_seg.build import build_trainer, load_model, load_run, train
 from dance_seg.checkpoint import load_checkpoint
 from dance_seg.cost.macs import count_macs, count_training_macs
 from dance_seg.data_slimming.complexity import quantiles
 from dance_seg.errors import CheckpointError
+from dance_seg.heartbeat import Heartbeat
 from dance_seg.inference import evaluate
 from dance_seg.tracking import read_metrics
 from datamodules import build_datamodule
@@ -32,6 +34,21 @@ def test_the_run_folder_holds_what_readers_expect(slimmed):
         assert (folder / name).is_file(), name
     assert "finished" in json.loads((folder / "run.json").read_text())
     assert len(list((folder / "pictures").glob("*_prediction.png"))) == 3
+
+
+@pytest.mark.parametrize(
+    ("precision", "known", "warned"),
+    [("bf16-mixed", False, True), ("bf16-mixed", True, False), ("bf16-mixed", None, False), ("32-true", False, False)],
+)
+def test_bfloat16_on_a_processor_that_lacks_it_is_said_to_be_slow(precision, known, warned, tmp_path, monkeypatch):
+    monkeypatch.setattr("dance_seg.build.has_bfloat16", lambda: known)
+    recipe = tiny(f"trainer.precision={precision}", cache=tmp_path / "cache")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        build_trainer(recipe, build_datamodule(recipe), tmp_path, Heartbeat(tmp_path, ranks=1, patience_seconds=60))
+    said = [str(one.message) for one in caught if "bfloat16" in str(one.message)]
+    assert len(said) == warned
+    assert all("trainer.precision=32-true" in one for one in said)
 
 
 def test_a_signal_does_after_training_what_it_did_before(slimmed):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from lightning_fabric.utilities.distributed import _set_num_threads_if_needed
 
-from dance_seg.machine import _container_limit, cores, threads, use_threads, write_text
+from dance_seg.machine import _container_limit, cores, has_bfloat16, threads, use_threads, write_text
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -22,6 +22,22 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 
 def test_names_that_are_no_text_can_be_written(tmp_path):
     assert write_text(tmp_path / "a.html", "caf\udce9").read_bytes() == b"caf?"
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ("processor\t: 0\nflags\t\t: fpu avx2 avx512_bf16 vaes\n", True),
+        ("flags\t\t: avx512f amx_bf16\n", True),
+        ("Features\t: fp asimd i8mm bf16\n", True),
+        ("flags\t\t: fpu avx2 avx512f\nbugs\t\t: bf16\n", False),
+        ("model name\t: bf16\n", None),
+    ],
+)
+def test_bfloat16_is_read_off_the_flags_of_the_processor(said, expected, tmp_path):
+    (tmp_path / "cpuinfo").write_text(said)
+    assert has_bfloat16(tmp_path / "cpuinfo") is expected
+    assert has_bfloat16(tmp_path / "nowhere") is None
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system binds no process to cores")

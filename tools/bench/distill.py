@@ -41,7 +41,7 @@ from dance_seg.sample import Frame
 from dance_seg.teachers import build_student, checkpoint_teacher, recipe_hash, teacher_recipe, trained
 from datamodules import build_datamodule
 from datamodules.video import VideoSource, build_source
-from tools.bench.common import ratio, spread, write_result
+from tools.bench.common import precision, ratio, spread, write_result
 from tools.cli import parser, run
 from tools.fetch_weights import ENCODER, WEIGHTS, fetch
 
@@ -60,7 +60,7 @@ LARGE_TEACHER = (
     "data.args.cache_gb=2",
     "trainer.max_epochs=10",
     "trainer.validate_every=5",
-    "trainer.precision=bf16-mixed",
+    precision(),
     "trainer.ema=0.99",
 )
 VIEWS = {"scales": (0.5, 0.75, 1.0, 1.25, 1.5, 1.75), "flip": True}
@@ -72,7 +72,7 @@ CAMVID_TEACHER = (
     "data.args.crop=[192,256]",
     "trainer.max_epochs=20",
     "trainer.validate_every=10",
-    "trainer.precision=bf16-mixed",
+    precision(),
 )
 QUICK_TEACHER = (
     "name=bench_teacher_quick",

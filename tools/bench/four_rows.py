@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from dance_seg.cost.latency import interleave
-from tools.bench.common import spread, write_result
+from tools.bench.common import precision, spread, write_result
 from tools.cli import parser, run
 from tools.fetch_weights import ENCODER, WEIGHTS, fetch
 
@@ -39,7 +39,7 @@ SMALL = (
     f"model.args.encoder_name={ENCODER}",
     "data.args.resolution=0.5334",
     "data.args.crop=[192,256]",
-    "trainer.precision=bf16-mixed",
+    precision(),
     "trainer.max_epochs=20",
     "trainer.validate_every=4",
     "tracking.wandb=disabled",

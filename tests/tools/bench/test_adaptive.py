@@ -424,7 +424,7 @@ def test_overrides_of_exits_stay_away_from_twins_and_counts_of_images_reach_the_
     setting = adaptive.setting_of(None, tmp_path, given)
     assert setting.with_exits == ["model.args.size=small", "early_exit.weights=[1,1,1]"]
     assert setting.common == ["tracking.wandb=disabled", "trainer.max_epochs=2", "data.args.num_test=5"]
-    assert setting.measured_on == ["data.args.num_val=480", "data.args.num_test=320", "data.args.num_test=5"]
+    assert setting.measured_on == ["data.args.num_val=960", "data.args.num_test=640", "data.args.num_test=5"]
     camvid = adaptive.setting_of(tmp_path, tmp_path, [])
     assert (camvid.data, camvid.calibration, camvid.test) == ("camvid", "val", "held_out")
     with pytest.raises(ValueError, match="no such folder"):
