@@ -147,8 +147,8 @@ def build_trainer(recipe: Recipe, datamodule: "SegmentationDataModule", folder: 
         rank_zero_info("trainer.sync_batchnorm is ignored: SyncBatchNorm does not run on a CPU")
     if options.precision == "bf16-mixed" and on_cpu and has_bfloat16() is False:
         rank_zero_warn(
-            f"trainer.precision is bf16-mixed, and {processor()} has no bfloat16 instructions: this takes several times "
-            "as long as trainer.precision=32-true"
+            f"trainer.precision is bf16-mixed, and {processor()} has no bfloat16 instructions: this takes several "
+            "times as long as trainer.precision=32-true"
         )
     metrics = JsonlLogger(folder)
     mirror = tracker_of(recipe, folder)

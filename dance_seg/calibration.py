@@ -236,7 +236,10 @@ def check_share(budget: float, costs: PathCosts) -> None:
 
 
 def as_figures(found: ExitsOfSplit, policy: ExitPolicy, costs: dict[str, PathCosts]) -> dict[str, Any]:
-    """What a policy comes to on a split: mIoU in points, average costs and shares of them, and who leaves where."""
+    """What a policy comes to on a split: mIoU in points, average costs and shares of them, and who leaves where.
+
+    The deviations of the shares are from one such split to the next.
+    """
     table = found.table(costs["macs"])  # what the images do does not depend on the unit
     judged = at_thresholds(table, policy.thresholds)
     draws = [scored(table, random_exits(table, judged.shares, seed)) for seed in range(20)]
@@ -248,8 +251,10 @@ def as_figures(found: ExitsOfSplit, policy: ExitPolicy, costs: dict[str, PathCos
         "exits": [float(share) for share in judged.shares],
     }
     for unit, cost in costs.items():
-        figures[unit] = at_thresholds(found.table(cost), policy.thresholds).average_cost
-        figures[f"{unit}_share"] = figures[unit] / (table.mean_price * cost.full)
+        spent, full = at_thresholds(found.table(cost), policy.thresholds), table.mean_price * cost.full
+        figures[unit] = spent.average_cost
+        figures[f"{unit}_share"] = spent.average_cost / full
+        figures[f"{unit}_share_deviation"] = spent.cost_deviation / full
     return figures
 
 

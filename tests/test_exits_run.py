@@ -331,7 +331,10 @@ def test_the_tools_calibrate_evaluate_and_refuse(trained, tmp_path):
     done = call("calibrate", "--budget", "0.7", "--json", str(figures), "--beside", str(folder))
     assert done.returncode == 0, done.stderr
     assert "calibrated on val: 6 images, score mean" in done.stdout  # too few for the score gain
-    assert json.loads(figures.read_text())["achieved"]["macs_share"] <= 0.7
+    achieved = json.loads(figures.read_text())["achieved"]
+    assert achieved["macs_share"] <= 0.7
+    expected = f"6 other images are expected to spend {achieved['macs_share']:.3f} +- "
+    assert f"{expected}{achieved['macs_share_deviation']:.3f} of the macs" in done.stdout
     written = json.loads((folder / "calibration.json").read_text())
     assert written["curves"]["macs"]
     assert written["epochs"] == 3

@@ -207,6 +207,11 @@ def print_table(calibration: "Calibration") -> None:
         f"the MACs and {achieved['milliseconds_share']:.3f} of the milliseconds; the budget was "
         f"{calibration.budget:g} of the {calibration.unit}"
     )
+    share, deviation = (achieved[f"{calibration.unit}_share{what}"] for what in ("", "_deviation"))
+    print(
+        f"{achieved['images']} other images are expected to spend {share:.3f} +- {deviation:.3f} of the "
+        f"{calibration.unit}; more images calibrate it closer"
+    )
 
 
 if __name__ == "__main__":

@@ -101,6 +101,7 @@ class AtThresholds(NamedTuple):
     average_cost: float  # per image, in the table's unit
     miou: float  # points, from the accumulated confusion matrix
     shares: np.ndarray  # float64 (K,): of the images that leave at each exit
+    cost_deviation: float  # standard deviation of the average cost over such splits, from one to the next
 
 
 class Judged(NamedTuple):
@@ -130,13 +131,20 @@ class CurvePoint(NamedTuple):
 def at_thresholds(table: ExitTable, thresholds: Sequence[float]) -> AtThresholds:
     """Where the images leave with these thresholds, what that costs on average and how it scores.
 
+    Thresholds that spend a budget on one split spend more or less on another: each has a standard error of its own, so
+    `cost_deviation` is the root of two standard errors of the mean cost squared. That of the thresholds is in it, since
+    a threshold is a quantile of the scores that it was chosen on.
+
     Raises ValueError when there is not one threshold per exit but the last.
     """
     sets = as_sets(table, [thresholds])
     exits = exits_at(table, sets)
-    found = judge_exits(table, exits, costs_at(table, sets))
-    shares = found.leaving[0] / len(table.scores)
-    return AtThresholds(exits[0], float(found.average_costs[0]), float(found.mious[0]), shares)
+    costs = costs_at(table, sets)
+    found = judge_exits(table, exits, costs)
+    images = len(table.scores)
+    deviation = np.std(table.weights * costs[0, exits[0]]) * math.sqrt(2 / max(1, images - 1))
+    shares = found.leaving[0] / images
+    return AtThresholds(exits[0], float(found.average_costs[0]), float(found.mious[0]), shares, float(deviation))
 
 
 def scored(table: ExitTable, exits: np.ndarray) -> float:

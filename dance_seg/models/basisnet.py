@@ -12,11 +12,11 @@ from 30 to 1 (that is dynamic convolution's), a preview at about half the size.
 Ours: everything that makes masks. The preview is an encoder at `preview_scale` of the size with a small feature
 pyramid and an exit head, its mask at 1/8 of the image by default; its logits are handed to the specialist, which adds
 its own (`Z = Z_SM + beta Z_LM`, beta learned from 0.5), so that no work is thrown away. Where a recipe says nothing,
-the preview is MobileNetV2: beside FPN with ResNet-18 it is 2.5 % of the MACs at 384x480 but, as small depthwise layers
-are slow for their MACs, a tenth of the time; `resnet18` would be 12 % of the MACs and a sixth of the time. Bases begin
-as own draws as large as the encoder's weights, and with pretrained weights as those with 0.3 of such noise: a mean of
-eight own draws has little left of the one that was pretrained. The penalty keeps bases alive: the squared coefficient
-of variation of the batch's mean coefficients.
+the preview is MobileNetV2: beside FPN with ResNet-18 it is 3 % of the MACs at 384x480 but, as small depthwise layers
+are slow for their MACs, 7 to 10 % of the time; `resnet18` would be 13 % of the MACs and a sixth of the time. Bases
+begin as own draws as large as the encoder's weights, and with pretrained weights as those with 0.3 of such noise: a
+mean of eight own draws has little left of the one that was pretrained. The penalty keeps bases alive: the squared
+coefficient of variation of the batch's mean coefficients.
 
 Its cost: the specialist's beside the preview's and N |W| MACs per basis layer and image; N times the weights of those
 layers, which on small maps are memory traffic that MACs do not show (see basis_layers). Limits: two exits; the preview
@@ -218,8 +218,9 @@ class BasisNet(ExitNetwork):
 class Preview(nn.Module):
     """An encoder of SMP, a feature pyramid of few channels on its strides from 4 on, and an exit head on the finest.
 
-    The pyramid is 1x1 convolutions and sums, and after each sum a separable 3x3 convolution: with sums alone the mask is
-    several points worse, and full convolutions cost as much as all the rest. Images may have any size.
+    The pyramid is 1x1 convolutions and sums, and after each sum a separable 3x3 convolution: without these the mask is
+    points worse, and FPN's decoder takes four times the MACs for one point more (recipes/README.md). Images may have
+    any size.
     Raises ValueError for names and weights that do not exist and for encoders that take images of one size only.
     """
 

@@ -3,12 +3,12 @@
 Trains what is not there yet, as `four_rows` does: RANet and BasisNet, and static twins of each. BasisNet's is its
 specialist without bases, at several resolutions; RANet's is the network with the last exit alone, at two, and the way
 to each earlier exit, trained for that exit alone: RANet is many small layers, of which half the milliseconds remain at
-any resolution. Beside BasisNet stands also an ensemble of full twins with about as many parameters. BasisNet and its
-twins begin with EfficientNet-Lite0's ImageNet weights, which tools.fetch_weights brings; RANet with random ones.
-Thresholds are chosen on one split, by the score of best mIoU there, and all is reported on another. A
-twin of just as many milliseconds rarely exists, so it is read off the upper hull of them: any point on a line between
-two is had by sending images to one or the other by lot. Drawn scenes; with --root CamVid, thresholds on val and scores
-on the drive held out.
+any resolution. On drawn scenes an ensemble of full twins, with about as many parameters, stands beside BasisNet.
+BasisNet and its twins begin with EfficientNet-Lite0's ImageNet weights, which tools.fetch_weights brings; RANet with
+random ones. Thresholds are chosen on one split, by the score of best mIoU there, and all is reported on another. A twin
+of just as many milliseconds rarely exists, so it is read off the upper hull of them: any point on a line between two is
+had by sending images to one or the other by lot. Drawn scenes; with --root CamVid, thresholds on val and scores on the
+drive held out.
 
 Overrides apply to every run; those of model. and early_exit. to the networks with exits only.
 """
@@ -103,7 +103,8 @@ TWINS = {
 }
 
 
-COPIES = {"ranet": 0, "basisnet": 3}  # with the twin about as many parameters as BasisNet of four bases has
+# With the twin about as many parameters as BasisNet of four bases has; on CamVid it has eight.
+COPIES = {("shapes", "basisnet"): 3}
 
 
 class Setting(NamedTuple):
@@ -188,7 +189,7 @@ def trained_runs(model: str, seed: int, setting: Setting) -> dict[Twin | None, P
     record = recipe_record(load_recipe(path, overrides))
     folders: dict[Twin | None, Path] = {None: trained(model, path, seed, overrides, setting.runs).folder}
     single = str(write_twin(record, setting.runs / "recipes" / f"{model}_twin.yaml"))
-    for twin in (*TWINS[model], *(Twin(copy=copy) for copy in range(1, COPIES[model] + 1))):
+    for twin in (*TWINS[model], *(Twin(copy=copy) for copy in range(1, COPIES.get((setting.data, model), 0) + 1))):
         name = f"{model}_{twin.name}"
         if twin.exit is None:
             smaller = [*common, *at_scale(record["data"]["args"], twin.scale)]

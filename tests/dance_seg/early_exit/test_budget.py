@@ -1,8 +1,9 @@
 """Thresholds for a budget: against hand arithmetic, plain loops and all combinations of thresholds."""
 
 import math
+import statistics
 from dataclasses import replace
-from itertools import product
+from itertools import pairwise, product
 
 import numpy as np
 import pytest
@@ -91,6 +92,26 @@ def test_judgement_by_hand():
     assert found.shares.tolist() == pytest.approx([2 / 3, 1 / 3])
     # Right: 4 + 2 + 2 of class 0, 2 + 1 of class 1; one pixel of class 0 was taken for class 1.
     assert found.miou == pytest.approx(100 * (8 / 9 + 3 / 4) / 2)
+    # The sample's deviation of 11, 43 and 11, over the root of 3 images, and once more for the other split.
+    assert found.cost_deviation == pytest.approx(statistics.stdev([11, 43, 11]) / math.sqrt(3) * math.sqrt(2))
+    one = ExitTable(BY_HAND.scores[:1], BY_HAND.matrices[:1], BY_HAND.costs)
+    assert at_thresholds(one, (0.6,)).cost_deviation == 0  # nothing is known of others
+
+
+def test_thresholds_of_one_split_spend_on_the_next_as_much_more_or_less_as_is_said():
+    table = random_table(images=2400, heads=0.0)
+    splits = [
+        ExitTable(table.scores[start : start + 60], table.matrices[start : start + 60], table.costs)
+        for start in range(0, 2400, 60)
+    ]
+    said, seen = [], []
+    for chosen_on, other in pairwise(splits):
+        thresholds = solve(chosen_on, within(table, 0.5), "geometric")
+        found = at_thresholds(chosen_on, thresholds)
+        said.append(found.cost_deviation)
+        seen.append(at_thresholds(other, thresholds).average_cost - found.average_cost)
+    assert math.hypot(*seen) / math.sqrt(len(seen)) == pytest.approx(statistics.mean(said), rel=0.3)
+    assert abs(statistics.mean(seen)) < 0.5 * statistics.mean(said)  # and no more often more than less
 
 
 def test_an_exit_that_is_not_asked_costs_no_head():

@@ -403,6 +403,8 @@ def test_twins_are_trained_for_their_exit_or_at_their_resolution(tmp_path, monke
     assert given["basisnet_twin_50"]["data"]["args"]["resolution"] == 0.5
     assert all(record["trainer"]["max_epochs"] == 3 for record in given.values())
     assert len(given) == 2 + 4 + 4 + 3
+    on_camvid = adaptive.trained_runs("basisnet", 0, setting._replace(data="camvid"))
+    assert not [twin for twin in on_camvid if twin is not None and twin.copy]  # an ensemble of drawn scenes only
     begun = given["basisnet"]["model"]["args"]
     assert begun["encoder_weights"] == begun["preview_weights"] == str(fetched)
     assert given["basisnet_twin_67"]["model"]["args"]["encoder_weights"] == str(fetched)
