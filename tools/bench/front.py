@@ -34,6 +34,7 @@ BUDGETS = (0.15, 0.35, 0.7)  # of the MACs of the largest network
 SEARCHED, SCORED = "val", "held_out"
 SEARCH = {"initial": 16, "iterations": 4, "parents": 4, "mutation": 4, "crossover": 4}
 ROUNDS = 30
+SHOWN = "Numbers: found in the supernet, within so much of the MACs of its largest; stairs: what none beats"
 
 
 class Network(NamedTuple):
@@ -184,7 +185,8 @@ def page_of(points: Sequence[Point]) -> str:
     from dance_seg.report.page import Chart, Page, Section, render
 
     marks = [
-        Mark(point.milliseconds, point.miou, point.name, series=int(point.name.startswith("FPN"))) for point in points
+        Mark(point.milliseconds, point.miou, short(point.name), series=int(point.name.startswith("FPN")))
+        for point in points
     ]
     drawing = scatter(
         marks,
@@ -193,7 +195,16 @@ def page_of(points: Sequence[Point]) -> str:
         y_label=f"mIoU on {SCORED}",
         front=front_of(points),
     )
-    return render(Page("Networks of a supernet", sections=(Section("CamVid", (Chart("", drawing, wide=True),)),)))
+    return render(Page("Networks of a supernet", sections=(Section("CamVid", (Chart(SHOWN, drawing, wide=True),)),)))
+
+
+def short(name: str) -> str:
+    """What a point is called in the plot, where names as long as those of the table cover each other.
+
+    >>> short("multi-stage within 0.35 of the MACs"), short("FPN, dense")
+    ('0.35', 'FPN, dense')
+    """
+    return name.removeprefix("multi-stage, the ").removeprefix("multi-stage within ").removesuffix(" of the MACs")
 
 
 def front_of(points: Sequence[Point]) -> list[tuple[float, float]]:
