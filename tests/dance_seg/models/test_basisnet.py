@@ -131,13 +131,14 @@ def test_with_one_basis_and_no_preview_it_is_the_plain_network_bit_for_bit() -> 
 
 
 def test_it_runs_in_bf16_and_channels_last() -> None:
-    model = opinionated().to(memory_format=torch.channels_last)
+    # An opinionated mixer would amplify how bfloat16 rounds: 0.03 to 0.09 by its draw.
+    model = small().eval().to(memory_format=torch.channels_last)
     images = torch.randn(2, 3, 64, 96).contiguous(memory_format=torch.channels_last)
     expected = model(images)
     with torch.autocast("cpu", torch.bfloat16):
         logits = model(images)
         training = model.train()(images)
-    assert (logits.float() - expected).abs().mean() < 0.15 * expected.std()  # of another network: 1
+    assert (logits.float() - expected).abs().mean() < 0.05 * expected.std()
     sum(own.float().square().mean() for own in training.logits).backward()
     assert all(torch.isfinite(weight.grad).all() for weight in model.parameters() if weight.grad is not None)
 
