@@ -43,6 +43,9 @@ LARGEST_BOUNDARY = 0.3
 TILE_PIXELS = 32768
 """Pixels whose running maximum is taken together: small enough to stay in the processor's cache."""
 
+FEW_PIXELS = 1024
+"""Below this many pixels NumPy's argmax is through before a running maximum has begun."""
+
 CELLS_AT_ONCE = 4096
 """Boundary cells interpolated together, which bounds the memory."""
 
@@ -138,6 +141,8 @@ def argmax(logits_CHW: np.ndarray) -> np.ndarray:
     [[0, 1, 0]]
     """
     planes = logits_CHW.reshape(len(logits_CHW), -1)
+    if planes.shape[1] < FEW_PIXELS:
+        return planes.argmax(0).astype(np.uint8).reshape(logits_CHW.shape[1:])
     labels = np.zeros(planes.shape[1], np.uint8)
     for start in range(0, planes.shape[1], TILE_PIXELS):
         tile = planes[:, start : start + TILE_PIXELS]

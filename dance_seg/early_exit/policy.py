@@ -126,13 +126,15 @@ class ExitPolicy:
 
     def _mean(self, values: Tensor, logits_NChw: Tensor) -> Tensor:
         """The means over rows and columns of values (N, h, w) or (N, C, h, w), as the score counts pixels."""
-        plain = values.mean(dim=(-2, -1))
         if self.boundary_weight == 1:
-            return plain
+            return values.mean(dim=(-2, -1))
         weights = torch.where(predicted_boundary(logits_NChw), self.boundary_weight, 1.0)  # (N, h, w)
         weights = weights if values.ndim == 3 else weights[:, None]
         total = weights.sum(dim=(-2, -1))
-        return torch.where(total > 0, (values * weights).sum(dim=(-2, -1)) / total, plain)
+        found = (values * weights).sum(dim=(-2, -1)) / total
+        if self.boundary_weight == 0:  # an image may be nothing but boundary
+            found = torch.where(total > 0, found, values.mean(dim=(-2, -1)))
+        return found
 
     def _line(self, exit: int, num_classes: int) -> tuple[float, ...]:
         if not self.lines:
@@ -261,34 +263,42 @@ def decide(
     refuse_training(model)
     last = model.num_exits - 1
     wanted = policy.asked if deadline is None else (True,) * model.num_exits
-    thresholds = (*policy.thresholds, math.inf)
-    labels = torch.empty((len(images), *size), dtype=torch.uint8)
-    exits = torch.full((len(images),), last)
-    scores = torch.full((len(images),), math.nan)
-    there = torch.arange(len(images))  # the images that are still there
+    labels = np.empty((len(images), *size), np.uint8)
+    exits, scores = np.full(len(images), last), np.full(len(images), math.nan, np.float32)
+    there = np.arange(len(images))  # the images that are still there
     with closing(model.exits(images, wanted)) as walk:
         coarse = next(walk)
         for exit in range(last + 1):
-            stays = torch.ones(len(there), dtype=torch.bool)
-            if coarse is not None:
-                if thresholds[exit] < math.inf:
-                    found = policy.scores(coarse, images.shape[-2:], exit).cpu()
-                    scores[there] = found
-                    stays = ~(found >= thresholds[exit])
-                if exit == last or (deadline is not None and deadline_passed(deadline, images.device)):
-                    stays[:] = False
-            leaving = (~stays).nonzero().squeeze(1)
-            if len(leaving):
+            left, found = leaving(policy, exit, last, coarse, len(there), images.shape[-2:])
+            if coarse is not None and deadline is not None and deadline_passed(deadline, images.device):
+                left[:] = True
+            if left.any():
                 assert coarse is not None
-                exits[there[leaving]] = exit
-                labels[there[leaving]] = labels_of(rows(coarse, leaving), images.shape[-2:], size)
-            if len(leaving) == len(there):
+                gone = there[left]
+                exits[gone], scores[gone] = exit, found[left]
+                labels[gone] = labels_of(rows(coarse, left), images.shape[-2:], size).numpy()
+            if left.all():
                 break
-            kept = stays.nonzero().squeeze(1)
+            kept = np.flatnonzero(~left)
             there = there[kept]
-            scores[there] = math.nan
-            coarse = walk.send(kept.to(images.device)) if len(leaving) else next(walk)
-    return Decided(labels, exits, scores)
+            coarse = walk.send(torch.from_numpy(kept).to(images.device)) if left.any() else next(walk)
+    return Decided(torch.from_numpy(labels), torch.from_numpy(exits), torch.from_numpy(scores))
+
+
+def leaving(
+    policy: ExitPolicy, exit: int, last: int, coarse: CoarseLogits | None, count: int, size: Sequence[int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Which of `count` images leave at an exit, bool (count,), and its scores, float32 (count,), NaN where not asked.
+
+    `size` (H, W) is that of the images. All leave at the `last` exit.
+    """
+    if exit == last:
+        return np.ones(count, bool), np.full(count, math.nan, np.float32)
+    threshold = policy.thresholds[exit]
+    if threshold == math.inf or coarse is None:
+        return np.zeros(count, bool), np.full(count, math.nan, np.float32)
+    found = policy.scores(coarse, size, exit).cpu().numpy()
+    return found >= np.float32(threshold), found
 
 
 def deadline_passed(deadline: Callable[[], bool], device: torch.device) -> bool:
@@ -315,10 +325,11 @@ def refuse_training(model: ExitNetwork) -> None:
         raise ValueError("the network is in training mode, where images of a batch depend on one another; call eval()")
 
 
-def rows(coarse: CoarseLogits, kept: Tensor) -> CoarseLogits:
-    """The coarse logits of some images; those of all without a copy."""
-    if len(kept) == len(coarse.logits):
+def rows(coarse: CoarseLogits, chosen: np.ndarray) -> CoarseLogits:
+    """The coarse logits of the images that are `chosen`, bool (M,); those of all without a copy."""
+    if chosen.all():
         return coarse
+    kept = torch.from_numpy(np.flatnonzero(chosen))
     return coarse._replace(logits=coarse.logits.index_select(0, kept.to(coarse.logits.device)))
 
 
@@ -342,23 +353,26 @@ def predicted_boundary(logits_NChw: Tensor) -> Tensor:
     >>> predicted_boundary(torch.tensor([[[[0.0, 0.0, 2.0]], [[1.0, 1.0, 1.0]]]])).tolist()
     [[[False, True, True]]]
     """
-    mask = leading_class(logits_NChw)
-    boundary = torch.zeros_like(mask, dtype=torch.bool)
+    leading = leading_class(logits_NChw)
+    # Of small maps NumPy is through before torch has begun.
+    mask: Any = leading.numpy() if leading.device.type == "cpu" else leading
+    boundary: Any = mask != mask
     down, across = mask[:, 1:] != mask[:, :-1], mask[:, :, 1:] != mask[:, :, :-1]
     boundary[:, 1:] |= down
     boundary[:, :-1] |= down
     boundary[:, :, 1:] |= across
     boundary[:, :, :-1] |= across
-    return boundary
+    return torch.as_tensor(boundary)
 
 
 def leading_class(logits_NChw: Tensor) -> Tensor:
     """The index (N, h, w) of the largest logit."""
     if logits_NChw.device.type != "cpu":
         return logits_NChw.argmax(1)
-    return torch.from_numpy(
-        np.stack([argmax(logits) for logits in logits_NChw.detach().numpy()])
-    )  # much faster than torch's
+    images, classes, height, width = logits_NChw.shape
+    planes = logits_NChw.detach().transpose(0, 1).contiguous().numpy()
+    leading = argmax(planes.reshape(classes, images * height, width))  # much faster than torch's
+    return torch.from_numpy(leading.reshape(images, height, width))
 
 
 def _number(value: Any) -> bool:

@@ -707,8 +707,9 @@ def sides_of(
 ) -> dict[str, Side]:
     """What is timed: stopping, the ways that images took each on its own, no stopping asked, the plain network.
 
-    The ways are run by images that took them, repeated where there are too few for whole batches, and count so much
-    less. They ask the same heads and make the same labels; scores, decisions and the choice of rows are left out.
+    In batches of several, images that go on wait for others, so that every part runs full ones. The ways are run
+    by images that took them, repeated where there are too few for whole batches, and count so much less. They ask the
+    same heads and make the same labels; scores, decisions and the choice of rows are left out.
     """
     from dance_seg.early_exit.policy import decide
     from dance_seg.inference import predict_labels
@@ -721,8 +722,9 @@ def sides_of(
         filled = [own[place % len(own)] for place in range(-(-len(own) // batch) * batch)]
         for group in in_batches(filled, batch):
             paths.append((len(own) / len(filled), partial(along, model, group, size, exit, policy.asked)))
+    one_by_one: Side = [(1.0, partial(decide, model, group, size, policy)) for group in groups]
     return {
-        "adaptive": [(1.0, partial(decide, model, group, size, policy)) for group in groups],
+        "adaptive": one_by_one if batch == 1 else [(1.0, partial(exits_taken, model, groups, size, policy))],
         "paths": paths,
         "infinite": [(1.0, partial(decide, model, group, size, never)) for group in groups],
         "plain": [(1.0, partial(predict_labels, model, group, size)) for group in groups],
@@ -767,10 +769,13 @@ def in_turns(sides: Mapping[str, Side], rounds: int) -> dict[str, list[float]]:
 def exits_taken(
     model: "ExitNetwork", groups: Sequence["Tensor"], size: tuple[int, int], policy: "ExitPolicy"
 ) -> list[int]:
-    """Where each image leaves, in batches as given."""
-    from dance_seg.early_exit.policy import decide
+    """Where each image leaves, in batches as large as the first one given in every part of the network."""
+    from dance_seg.early_exit.batches import decide_in_batches
 
-    return [int(exit) for group in groups for exit in decide(model, group, size, policy).exits]
+    exits: dict[int, int] = {}
+    for places, decided in decide_in_batches(model, groups, size, policy, len(groups[0])):
+        exits.update(zip(places.tolist(), decided.exits.tolist(), strict=True))
+    return [exits[place] for place in sorted(exits)]
 
 
 def executed_macs(model: "ExitNetwork", groups: Sequence["Tensor"], size: tuple[int, int], policy: "ExitPolicy") -> int:
