@@ -60,8 +60,8 @@ MEASURED_ON = ("data.args.num_val=960", "data.args.num_test=640")
 LONGER = {
     ("shapes", "ranet"): ("data.args.num_train=480", "trainer.max_epochs=18", "trainer.validate_every=18"),
     ("shapes", "basisnet"): ("data.args.num_train=480", "trainer.max_epochs=10", "trainer.validate_every=10"),
-    ("camvid", "ranet"): ("trainer.max_epochs=60", "trainer.validate_every=30"),
-    ("camvid", "basisnet"): ("trainer.max_epochs=30", "trainer.validate_every=15"),
+    ("camvid", "ranet"): ("trainer.max_epochs=30", "trainer.validate_every=30"),
+    ("camvid", "basisnet"): ("trainer.max_epochs=16", "trainer.validate_every=16"),
 }
 BATCHES = (1, 8)
 SYNTHESES: tuple[Literal["grouped", "auto"], ...] = ("grouped", "auto")
