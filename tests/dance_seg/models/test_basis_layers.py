@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dance_seg.cost.macs import count_macs
+from dance_seg.models import basis_layers
 from dance_seg.models.basis_layers import BasisConv2d, basis_kernels, handed, of_last_stages, to_basis_layers
 from dance_seg.models.smp import build_network
 
@@ -67,6 +68,35 @@ def test_every_way_is_the_sum_of_the_bases(shape: dict, way: str, layout: torch.
     for images in (3, 1):
         made = run(layer, features[:images], coefficients[:images])
         torch.testing.assert_close(made, expected[:images], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("way", ["grouped", "one_by_one"])
+def test_large_kernels_are_mixed_and_used_for_some_channels_at_a_time(
+    way: str, layout: torch.memory_format, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(basis_layers, "KERNELS_AT_ONCE", 3 * 40 * 8 * 9 * 4)  # of three images, 40 channels
+    mixed: list[int] = []
+    mix = basis_layers.mixed_kernels
+    monkeypatch.setattr(
+        basis_layers,
+        "mixed_kernels",
+        lambda alpha, weight, bias: mixed.append(weight.shape[1]) or mix(alpha, weight, bias),
+    )
+    convolution = nn.Conv2d(8, 80, 3, padding=1)
+    layer = with_biases(BasisConv2d(convolution, bases=4, synthesis=way)).to(memory_format=layout)  # type: ignore
+    features = torch.randn(3, 8, 9, 12).contiguous(memory_format=layout)
+    coefficients = shares(3, 4)
+
+    with torch.no_grad():
+        made = run(layer, features, coefficients)
+
+    assert mixed == [64, 16]  # 40 at a time, in steps of 32
+    assert made.is_contiguous(memory_format=layout)
+    torch.testing.assert_close(made, by_hand(layer, convolution, features, coefficients), atol=1e-5, rtol=1e-5)
+    mixed.clear()
+    run(layer, features, coefficients)  # what is kept for gradients would not fit the cache anyway
+    assert mixed == [80]
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)

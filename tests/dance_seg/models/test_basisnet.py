@@ -372,7 +372,9 @@ def test_a_cut_network_equals_the_one_with_those_channels_zeroed(encoder: str) -
     silence(silenced, groups, kept)
     cut(thin, groups, kept)
     assert all(new.weight.numel() < old.weight.numel() for new, old in zip(thin.layers, model.layers, strict=True))
-    torch.testing.assert_close(thin(images), silenced(images), atol=1e-9, rtol=0)
+    expected = silenced(images)
+    rounding = 1e-13 * expected.abs().max().item()  # these logits reach 2e5, of which 1e-9 is less than doubles hold
+    torch.testing.assert_close(thin(images), expected, atol=rounding, rtol=0)
     again = small(encoder_name=encoder, bases=2).double()
     restructure(again, structure_record(thin))
     again.load_state_dict(thin.state_dict())
