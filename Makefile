@@ -6,8 +6,8 @@ STAMP := $(VENV)/.set-up
 RECIPE ?= recipes/shapes_data_slimming.yaml
 # Overrides for any training target, such as ARGS="trainer.max_epochs=2 data.args.root=DIR".
 ARGS ?=
-# One process a core, one thread in each.
-PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n auto --maxprocesses 8 --doctest-modules dance_seg datamodules tests
+# One process a core, one thread in each; a process that is through takes over tests of one that is not.
+PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n auto --maxprocesses 8 --dist worksteal --doctest-modules dance_seg datamodules tests
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo adaptive search distill four-rows test test-all chaos fuzz check format goldens train clean

@@ -24,7 +24,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what this machine cannot run, saying why."""
+    """Long tests first, so that others run beside them to the end; skip what this machine cannot run, saying why."""
+    items.sort(key=lambda item: "long" not in item.keywords)
     has_accelerator = torch.accelerator.is_available()
     has_camvid = bool(os.environ.get("DANCE_SEG_CAMVID"))
     for item in items:

@@ -34,6 +34,7 @@ def test_the_first_commands_are_the_demo_and_the_tests_and_every_target_exists()
         assert re.search(rf"^{re.escape(target)}:", makefile, flags=re.MULTILINE), target
 
 
+@pytest.mark.long
 def test_the_commands_work_one_after_the_other(tmp_path):
     write_layout("camvid", tmp_path / "camvid", 40, size=(120, 160))
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
