@@ -2,7 +2,8 @@
 
 Its paper (arXiv 2105.03014) says that the training recipe decides. So BasisNet and its plain twin, the specialist with
 one kernel a layer, are trained by the whole recipe (a teacher's soft labels, averaged weights, changed colours and
-sizes, a learning rate that falls), and with one of these taken away at a time. Each score is that of the last exit
+sizes, a learning rate that falls), and with one of these taken away at a time. All begin with EfficientNet-Lite0's
+ImageNet weights, as in `make bench-adaptive`: from random ones the recipe's few steps are too few. Each score is that of the last exit
 after the last epoch, on drawn scenes that nothing was chosen on. Runs that are there already are not trained again.
 Overrides apply to every run.
 """
@@ -10,13 +11,14 @@ Overrides apply to every run.
 from collections.abc import Sequence
 from pathlib import Path
 
-from tools.bench.adaptive import ON_SHAPES, loaded, write_twin
+from tools.bench.adaptive import ON_SHAPES, loaded, pretrained, write_twin
 from tools.bench.common import spread, write_result
 from tools.bench.four_rows import trained
 from tools.cli import parser, run
 
 RECIPE = "recipes/shapes_basisnet.yaml"
-TEACHER = ("data.args.num_train=480", "trainer.ema=0.99")  # four times the scenes, and so four times the steps
+# Four times the scenes, and twice the steps.
+TEACHER = ("data.args.num_train=480", "trainer.max_epochs=10", "trainer.validate_every=10", "trainer.ema=0.99")
 WHOLE = ("trainer.ema=0.99", "data.args.color=0.4")
 WITHOUT = {
     "nothing": (),
@@ -63,13 +65,16 @@ def mious(seed: int, given: Sequence[str], runs: Path) -> dict[tuple[str, str], 
     from dance_seg.inference import evaluate
     from dance_seg.recipe import load_recipe, recipe_record
 
-    twin = write_twin(recipe_record(load_recipe(RECIPE, given)), runs / "recipes" / "basisnet_twin.yaml")
+    of_models = [o for o in given if o.startswith("model.")]
+    begun = [*pretrained(of_models), *of_models]
+    given = [o for o in given if o not in of_models]
+    twin = write_twin(recipe_record(load_recipe(RECIPE, [*given, *begun])), runs / "recipes" / "basisnet_twin.yaml")
     teacher = trained("basisnet_teacher", str(twin), seed, [*TEACHER, *given], runs).folder
     whole = [*WHOLE, f"soft_labels.teacher={teacher}", *given]
     scored = {}
-    for model, path in zip(MODELS, (RECIPE, str(twin)), strict=True):
+    for model, path, own in zip(MODELS, (RECIPE, str(twin)), (begun, ()), strict=True):
         for part, without in WITHOUT.items():
-            folder = trained(f"{model}_without_{part}", path, seed, [*whole, *without], runs).folder
+            folder = trained(f"{model}_without_{part}", path, seed, [*whole, *own, *without], runs).folder
             network, data = loaded(folder, SCORED_ON)
             scored[model, part] = evaluate(network, data, "test").miou
     return scored

@@ -37,6 +37,8 @@ def test_every_run_lacks_what_its_name_says_and_nothing_else(tmp_path, monkeypat
         return Row(run, 0.0, 0.0, 0.0, 0.0, 0.0)
 
     monkeypatch.setattr(basisnet, "trained", trained)
+    begun = {"encoder_name": "resnet34", "preview_encoder": "resnet18"}  # as it would be with weights that are fetched
+    monkeypatch.setattr(basisnet, "pretrained", lambda given: [f"model.args.{key}={begun[key]}" for key in begun])
     monkeypatch.setattr(basisnet, "SCORED_ON", ("data.args.num_test=1",))
     (tmp_path / "recipes").symlink_to(Path(basisnet.__file__).parents[2] / "recipes")
     monkeypatch.chdir(tmp_path)
@@ -49,7 +51,8 @@ def test_every_run_lacks_what_its_name_says_and_nothing_else(tmp_path, monkeypat
             assert differing(whole, asked[f"{model}_without_{part}"]) == keys
     for part in PARTS:
         mixed, plain = (asked[f"{model}_without_{part}"] for model in basisnet.MODELS)
-        assert differing(mixed, plain) == {"model.name", "model.args.bases", "early_exit"}
+        assert differing(mixed, plain) == {"model.name", "model.args.bases", "model.args.preview_encoder", "early_exit"}
+        assert mixed["model"]["args"]["encoder_name"] == "resnet34"
     assert asked["basisnet_without_nothing"]["soft_labels"]["teacher"]
     assert all(recipe["seed"] == 3 for recipe in asked.values())
 
