@@ -29,8 +29,8 @@ in the same way, too unsteady to print. What all sessions agree on: the loop los
 2.9 against 1.0 to 1.9 grouped); in channels_last at 64 channels one by one is faster than grouped; and kernels that are
 much larger than the maps they slide over cost memory: N kernels read, B written and read, and where these are more
 than the allocator keeps, their pages fetched from the system in every batch. So in inference on a CPU kernels are mixed
-and used for some channels at a time (`KERNELS_AT_ONCE`): of the last two rows, grouped, one core of an AMD EPYC, 1.4
-instead of 2.0 to 2.5 (contiguous) and 1.6 instead of 1.5 to 2.7 (channels_last).
+and used for some channels at a time (`KERNELS_AT_ONCE`): then the last row takes 1.4 instead of 2.5 grouped and
+contiguous, and 1.6 instead of 2.7 in channels_last (one core of an AMD EPYC, beside other work).
 
 B images, N bases, L layers, O and I channels made and read (I of one group).
 """
@@ -52,7 +52,7 @@ KERNELS_AT_ONCE = 20 * 2**20
 holds until they are used."""
 
 CHANNELS_IN_STEPS_OF = 32
-"""How many channels are made at a time is a multiple of it, as vectors are: steps of 47 or 86 took a fifth longer."""
+"""Channels are made at a time in multiples of it, as vectors are: 86 and 47 at a time took a fifth, a third longer."""
 
 LARGE_KERNEL = 4
 """Above this many values of a kernel per value of the image that it reads, the layout decides nothing."""
