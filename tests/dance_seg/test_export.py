@@ -40,6 +40,9 @@ onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
 pytest.importorskip("onnxruntime")
 
+# Of the pixels, so many may have two best logits that are closer than file and network: else agreement says nothing.
+# How close these are goes by the processor; without AVX-512 MAnet's largest difference leaves 0.0020 undecided.
+UNDECIDED = 3e-3
 
 class Tiny(nn.Module):
     """A few layers that export in a second, with a pooling into bins like PSPNet's."""
@@ -334,7 +337,7 @@ def test_a_smaller_network_of_a_supernet_agrees_with_its_file(
     model = prepared(Family(name, {"size": "tiny", "subnet": chosen.as_record()}), half=False)
     found = measure(model, tmp_path / "net.onnx", runs=1)
     assert found.agreement.argmax >= 0.9999
-    assert found.undecided < 2e-3
+    assert found.undecided < UNDECIDED
 
 
 @pytest.mark.slow
@@ -344,7 +347,7 @@ def test_every_family_agrees_with_its_file(family: Family, half: bool, tmp_path:
     model = prepared(family, half=half)
     found = measure(model, tmp_path / "net.onnx", runs=1)
     assert found.agreement.argmax >= 0.9999
-    assert found.undecided < 2e-3
+    assert found.undecided < UNDECIDED
     if isinstance(model, ExitNetwork):
         return  # its files take one size
     pixels = random_pixels(1, 3, SIZE[0] // 2, SIZE[1] // 2)
