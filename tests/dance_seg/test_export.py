@@ -44,6 +44,7 @@ pytest.importorskip("onnxruntime")
 # How close these are goes by the processor; without AVX-512 MAnet's largest difference leaves 0.0020 undecided.
 UNDECIDED = 3e-3
 
+
 class Tiny(nn.Module):
     """A few layers that export in a second, with a pooling into bins like PSPNet's."""
 
