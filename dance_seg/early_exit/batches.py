@@ -60,7 +60,6 @@ def _run(
     at_end: bool,
 ) -> Iterator[tuple[np.ndarray, Decided]]:
     """Run every part for which enough images wait, at the end for any, first to last."""
-    last = model.num_exits - 1
     for exit, queue in enumerate(waiting):
         while (at_end and queue.count) or queue.count >= queue.batch:
             places, state = queue.take()
@@ -69,7 +68,7 @@ def _run(
             if policy.asked[exit]:
                 coarse = CoarseLogits(model.head(exit, seen), model.padded_size(*shown), model.align_corners[exit])
             del seen  # what only the head needed should not wait in memory
-            left, scores = leaving(policy, exit, last, coarse, len(places), shown)
+            left, scores = leaving(policy, exit, coarse, len(places), shown)
             if left.any():
                 assert coarse is not None
                 labels = labels_of(rows(coarse, left), shown, size)

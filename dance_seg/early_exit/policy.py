@@ -269,7 +269,7 @@ def decide(
     with closing(model.exits(images, wanted)) as walk:
         coarse = next(walk)
         for exit in range(last + 1):
-            left, found = leaving(policy, exit, last, coarse, len(there), images.shape[-2:])
+            left, found = leaving(policy, exit, coarse, len(there), images.shape[-2:])
             if coarse is not None and deadline is not None and deadline_passed(deadline, images.device):
                 left[:] = True
             if left.any():
@@ -286,13 +286,13 @@ def decide(
 
 
 def leaving(
-    policy: ExitPolicy, exit: int, last: int, coarse: CoarseLogits | None, count: int, size: Sequence[int]
+    policy: ExitPolicy, exit: int, coarse: CoarseLogits | None, count: int, size: Sequence[int]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Which of `count` images leave at an exit, bool (count,), and its scores, float32 (count,), NaN where not asked.
 
-    `size` (H, W) is that of the images. All leave at the `last` exit.
+    `size` (H, W) is that of the images. All leave at the last exit, which has no threshold.
     """
-    if exit == last:
+    if exit == len(policy.thresholds):
         return np.ones(count, bool), np.full(count, math.nan, np.float32)
     threshold = policy.thresholds[exit]
     if threshold == math.inf or coarse is None:

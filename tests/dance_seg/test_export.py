@@ -40,9 +40,8 @@ onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
 pytest.importorskip("onnxruntime")
 
-# Of the pixels, so many may have two best logits that are closer than file and network: else agreement says nothing.
-# How close these are goes by the processor; without AVX-512 MAnet's largest difference leaves 0.0020 undecided.
-UNDECIDED = 3e-3
+# How close file and network are goes by the processor: without AVX-512 MAnet leaves 0.0020 of the pixels undecided.
+MORE_UNDECIDED = {"manet_resnet18": 3e-3}
 
 
 class Tiny(nn.Module):
@@ -338,7 +337,7 @@ def test_a_smaller_network_of_a_supernet_agrees_with_its_file(
     model = prepared(Family(name, {"size": "tiny", "subnet": chosen.as_record()}), half=False)
     found = measure(model, tmp_path / "net.onnx", runs=1)
     assert found.agreement.argmax >= 0.9999
-    assert found.undecided < UNDECIDED
+    assert found.undecided < 2e-3
 
 
 @pytest.mark.slow
@@ -348,7 +347,7 @@ def test_every_family_agrees_with_its_file(family: Family, half: bool, tmp_path:
     model = prepared(family, half=half)
     found = measure(model, tmp_path / "net.onnx", runs=1)
     assert found.agreement.argmax >= 0.9999
-    assert found.undecided < UNDECIDED
+    assert found.undecided < MORE_UNDECIDED.get(str(family), 2e-3)
     if isinstance(model, ExitNetwork):
         return  # its files take one size
     pixels = random_pixels(1, 3, SIZE[0] // 2, SIZE[1] // 2)

@@ -3,9 +3,9 @@
 Its paper (arXiv 2105.03014) says that the training recipe decides. So BasisNet and its plain twin, the specialist with
 one kernel a layer, are trained by the whole recipe (a teacher's soft labels, averaged weights, changed colours and
 sizes, a learning rate that falls), and with one of these taken away at a time. All begin with EfficientNet-Lite0's
-ImageNet weights, as in `make bench-adaptive`: from random ones the recipe's few steps are too few.
-Each score is that of the last exit after the last epoch, on drawn scenes that nothing was chosen on. Runs that are
-there already are not trained again. Overrides apply to every run.
+ImageNet weights, as in `make bench-adaptive`: from random ones the recipe's few steps are too few. Each score is that
+of the last exit after the last epoch, on drawn scenes that nothing was chosen on. Runs that are there already are not
+trained again. Overrides apply to every run.
 """
 
 from collections.abc import Sequence
