@@ -1,6 +1,7 @@
 """The LightningDataModule that every data set shares: splits, cache, complexity, plan, loaders."""
 
 import os
+import time
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -145,7 +146,10 @@ class SegmentationDataModule(LightningDataModule):
             raw = self.raw_source(split)
             if not len(raw):
                 raise ValueError(f"the split {split} holds no images")
+            began = time.perf_counter()
             cached = open_cache(raw, folder=self.cache_folder, budget_gb=self.cache_gb) if self.cache_gb else raw
+            if split == "train":
+                self.charges["cache"] = time.perf_counter() - began
             self._sources[split] = cached  # type: ignore[assignment]
         return self._sources[split]
 
@@ -154,7 +158,12 @@ class SegmentationDataModule(LightningDataModule):
         """The complexity of each training image, scored once."""
         measure = self.data_slimming.measure if self.data_slimming else "spatial_information"
         options: dict[str, Any] = {"seed": self.seed} if measure == "random" else {}
-        return complexity_table(self.source("train"), measure, folder=self.cache_folder / "complexity", **options)
+        return complexity_table(self.source("train"), measure, folder=self.table_folder, **options)
+
+    @property
+    def table_folder(self) -> Path | None:
+        """Where tables of complexity are kept; None where none is."""
+        return self.cache_folder / "complexity"
 
     @cached_property
     def adaptive(self) -> AdaptiveResolution | None:
@@ -190,7 +199,7 @@ class SegmentationDataModule(LightningDataModule):
             self.batches.share(*self._ranks)
             if self.data_slimming is not None:
                 # Charged whenever it was paid: an efficiency claim includes its own overhead.
-                self.charges = {"scoring": self.table.seconds_decoding + self.table.seconds_scoring}
+                self.charges["scoring"] = self.table.seconds_decoding + self.table.seconds_scoring
 
     @cached_property
     def batches(self) -> SameScaleBatches:

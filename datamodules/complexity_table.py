@@ -65,10 +65,11 @@ class ComplexityTable:
 
 
 def complexity_table(
-    source: Images, measure: str, *, folder: Path | str, progress: bool = True, **options: Any
+    source: Images, measure: str, *, folder: Path | str | None, progress: bool = True, **options: Any
 ) -> ComplexityTable:
     """The complexity of every image of the source, from `folder` where the table is there, or scored now.
 
+    Without a folder it is scored and kept nowhere.
     `options` are the measure's own. A table made from other files, another measure, other options or an older version
     of it is left alone; a damaged one is reported and replaced. A folder that cannot be written costs a warning and
     the time to score again. Raises ValueError when the measure does not exist or does not take the options, and
@@ -77,6 +78,8 @@ def complexity_table(
     check_measure(measure, options)
     names = tuple(source.names)
     fingerprint = table_fingerprint(source.fingerprint, names, measure, options)
+    if folder is None:
+        return _score(source, names, measure, fingerprint, progress, options)
     path = Path(folder) / f"{measure}-{fingerprint[:16]}.json"
     table = _read(path, fingerprint, names, measure)
     if table is None:

@@ -5,11 +5,15 @@ import pytest
 import torch
 
 from dance_seg.data_slimming.plan import DataSlimming
+from dance_seg.errors import DataError
 from dance_seg.part import Part, build_part
 from datamodules.dataset import DatasetDataModule, DatasetSource
 from datamodules.files import CamVidDataModule, FolderDataModule
+from datamodules.label_table import label_table
 from datamodules.shapes import ShapesDataModule
 from tools.make_shapes import write_layout
+
+TWO = label_table(("road", "car"), raw_to_train={0: 0, 1: 1}, ignore=[255])
 
 SMALL = {"num_train": 12, "num_val": 5, "size": [64, 64], "crop": [64, 64], "batch_size": 4}
 
@@ -125,7 +129,7 @@ class Pairs(torch.utils.data.Dataset):
     ],
 )
 def test_a_users_dataset_may_hold_arrays_or_tensors_in_either_order(image):
-    sample = DatasetSource(Pairs(image, torch.zeros(40, 50, dtype=torch.long)), "train").load(0)
+    sample = DatasetSource(Pairs(image, torch.zeros(40, 50, dtype=torch.long)), "train", TWO).load(0)
     assert sample.image.shape == (40, 50, 3)
     assert sample.image.dtype == np.uint8
     assert sample.image[0, 0].tolist() == [128, 128, 128]
@@ -133,11 +137,43 @@ def test_a_users_dataset_may_hold_arrays_or_tensors_in_either_order(image):
 
 def test_a_users_dataset_with_the_wrong_form_is_refused():
     with pytest.raises(ValueError, match="give"):
-        DatasetSource(Pairs(torch.zeros(1, 40, 50), torch.zeros(40, 50)), "train").load(0)
+        DatasetSource(Pairs(torch.zeros(1, 40, 50), torch.zeros(40, 50)), "train", TWO).load(0)
     with pytest.raises(ValueError, match="before normalisation"):
-        DatasetSource(Pairs(torch.full((3, 40, 50), 2.0), torch.zeros(40, 50)), "train").load(0)
+        DatasetSource(Pairs(torch.full((3, 40, 50), 2.0), torch.zeros(40, 50)), "train", TWO).load(0)
     with pytest.raises(ValueError, match="not test"):
         DatasetDataModule(None, None, ["a"]).raw_source("test")
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype", "said"),
+    [
+        (256, torch.long, r"raw id 256 \(1 pixel\) is not in the label table"),  # 0 as uint8
+        (-100, torch.long, r"raw id -100"),
+        (2, torch.uint8, r"raw id 2 \(1 pixel\) is not in the label table"),
+        (1.9, torch.float32, "the label is float32; give class indices"),
+    ],
+)
+def test_a_users_label_that_names_no_class_is_refused_and_not_taken_for_another(value, dtype, said):
+    label = torch.zeros(40, 50, dtype=dtype)
+    label[0, 0], label[1, 1] = value, 1
+    with pytest.raises(DataError, match=f"^train_0000000: {said}"):
+        DatasetSource(Pairs(torch.zeros(3, 40, 50), label), "train", TWO).load(0)
+    label[0, 0] = 255
+    if dtype != torch.float32:
+        kept = DatasetSource(Pairs(torch.zeros(3, 40, 50), label), "train", TWO).load(0).label
+        assert kept[0, 0] == 255
+        assert kept[1, 1] == 1
+
+
+def test_of_a_users_dataset_nothing_is_kept_unless_it_says_what_it_is(tmp_path):
+    pairs = [(torch.zeros(3, 40, 50), torch.zeros(40, 50, dtype=torch.long))] * 4
+    for fingerprint, kept in ((None, 0), ("version 1", 1), ("version 1", 1), ("version 2", 2)):
+        data = DatasetDataModule(pairs, pairs, ["a", "b"], fingerprint=fingerprint, cache_dir=str(tmp_path))
+        data.fit_to(stride=32, epochs=1, seed=0, data_slimming=DataSlimming())
+        assert len(data.table.values) == 4
+        assert len(list(tmp_path.rglob("*.json"))) == kept
+    with pytest.raises(ValueError, match=r"cache_gb is 1, and a Dataset cannot say .*give a fingerprint"):
+        DatasetDataModule(pairs, pairs, ["a", "b"], cache_gb=1)
 
 
 def test_at_adaptive_resolution_each_image_is_as_large_as_its_complexity_calls_for(tmp_path):
