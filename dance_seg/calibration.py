@@ -7,6 +7,7 @@ from which thresholds for any budget are chosen. The names of its images are kep
 import math
 import statistics
 from collections.abc import Callable, Iterable
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -32,7 +33,7 @@ from dance_seg.early_exit.budget import (
 )
 from dance_seg.early_exit.exits import ExitNetwork
 from dance_seg.early_exit.gain import fit_lines
-from dance_seg.early_exit.paths import PathCosts, Walked, path_costs
+from dance_seg.early_exit.paths import PathCosts, path_costs
 from dance_seg.early_exit.policy import ExitPolicy, at_every_exit
 from dance_seg.errors import CheckpointError
 from dance_seg.metrics import confusion_matrix
@@ -56,10 +57,19 @@ class ExitsOfSplit(NamedTuple):
     size: tuple[int, int]  # (H, W) at which the network sees the first image
     policy: ExitPolicy  # whose scores they are; the score gain with its lines
     prices: tuple[float, ...] = ()  # of each image, in those of the first one; none where all are as large
+    own_scores: np.ndarray | None = None  # float32 (n, K): by the policy; None where `scores` are
 
     def table(self, costs: PathCosts) -> ExitTable:
         """With what the exits cost for the first image, the table that thresholds are chosen from."""
         return ExitTable(self.scores, self.matrices, costs, self.prices)
+
+    def own_table(self, costs: PathCosts) -> ExitTable:
+        """The table of what the policy does on these very images.
+
+        Where lines were fitted to them, that is not what it does on others, which `table` tells.
+        """
+        scores = self.scores if self.own_scores is None else self.own_scores
+        return ExitTable(scores, self.matrices, costs, self.prices)
 
 
 class Calibration(NamedTuple):
@@ -71,8 +81,10 @@ class Calibration(NamedTuple):
     how: How
     split: str
     names: tuple[str, ...]  # of the calibration images
-    costs: dict[str, PathCosts]  # by unit
-    achieved: dict[str, Any]  # on the calibration split
+    costs: dict[str, PathCosts]  # by unit, of the first image
+    achieved: dict[str, Any]  # on the calibration split, and `expected` of others
+    mean_price: float = 1.0  # how many times as much as the first an image costs on average
+    resolution: float = 1.0  # at which the images were seen
 
     def as_record(self) -> dict[str, Any]:
         """Plain data for the checkpoint."""
@@ -104,9 +116,9 @@ def exits_of_batches(
     """Run every exit over batches of evaluation, where the model is; one result for each policy, with its scores.
 
     A policy of the score `gain` without lines gets its lines here, and each image's score is by the line fitted without
-    it, as the score of an image that was never seen will be. What an image costs is taken to go with its pixels, since
-    counting every size that photographs come in takes long. Raises ValueError when logits are not finite, or there are
-    no images.
+    it, as the score of an image that was never seen will be. What an image costs is taken to go with its pixels once it
+    is padded, since counting every size that photographs come in takes long. Raises ValueError when logits are not
+    finite, or there are no images.
     """
     model.eval()
     device = next(model.parameters()).device
@@ -125,14 +137,14 @@ def exits_of_batches(
             matrices.append(np.stack(of_exits).astype(np.int32))
     if not names:
         raise ValueError("there are no images to ask the exits of; choose another split")
-    prices = tuple(price(size, sizes[0]) for size in sizes) if len(set(sizes)) > 1 else ()
+    prices = tuple(price(model, size, sizes[0]) for size in sizes) if len(set(sizes)) > 1 else ()
     counted = np.stack(matrices)
     results = []
     for own, policy in zip(told, policies, strict=True):
-        scores, fitted = np.stack(own), policy
+        scores, fitted, by_fitted = np.stack(own), policy, None
         if is_unfitted(policy):
-            fitted, scores = with_lines(policy, scores, counted)
-        results.append(ExitsOfSplit(tuple(names), scores, counted, sizes[0], fitted, prices))
+            fitted, scores, by_fitted = with_lines(policy, scores, counted)
+        results.append(ExitsOfSplit(tuple(names), scores, counted, sizes[0], fitted, prices, by_fitted))
     return results
 
 
@@ -141,39 +153,60 @@ def is_unfitted(policy: ExitPolicy) -> bool:
     return policy.score == "gain" and not policy.lines
 
 
-def with_lines(policy: ExitPolicy, evidence: np.ndarray, matrices: np.ndarray) -> tuple[ExitPolicy, np.ndarray]:
-    """The policy with lines for evidence (n, K, 2 C) and matrices (n, K, C, C), and the scores float32 (n, K).
+def with_lines(
+    policy: ExitPolicy, evidence: np.ndarray, matrices: np.ndarray
+) -> tuple[ExitPolicy, np.ndarray, np.ndarray]:
+    """The policy with lines for evidence float32 (n, K, 2 C) and matrices (n, K, C, C), and scores float32 (n, K).
 
-    Each image's score is by the line fitted without it.
+    First those of each image by the line fitted without it, then those by the policy.
     """
     lines = fit_lines(evidence.astype(np.float64), matrices)
+    fitted = replace(
+        policy,
+        lines=tuple(line.weights for line in lines),
+        limits=tuple(
+            (*own.min(axis=0).tolist(), *own.max(axis=0).tolist()) for own in evidence.swapaxes(0, 1)[: len(lines)]
+        ),
+    )
     expected = [*(line.left_out for line in lines), np.zeros(len(matrices))]
     scores = 1 / (1 + np.exp(np.stack(expected, axis=1)))
-    return replace(policy, lines=tuple(line.weights for line in lines)), scores.astype(np.float32)
+    by_fitted = [fitted.scores_of_evidence(torch.from_numpy(evidence[:, k]), k) for k in range(evidence.shape[1])]
+    return fitted, scores.astype(np.float32), torch.stack(by_fitted, dim=1).numpy()
 
 
-def price(size: tuple[int, int], reference: tuple[int, int]) -> float:
-    """What an image of `size` (H, W) is taken to cost, in images of the reference's size.
+def price(model: nn.Module, size: tuple[int, int], reference: tuple[int, int]) -> float:
+    """What an image of `size` (H, W) is taken to cost, in images of the reference's size: padded pixels over padded.
 
-    >>> price((48, 64), (96, 64))
-    0.5
+    >>> from dance_seg.models.ranet import RANet
+    >>> price(RANet(11, size="tiny"), (144, 192), (288, 384))
+    0.25
     """
+    if isinstance(model, ExitNetwork):
+        size, reference = model.padded_size(*size), model.padded_size(*reference)
     return size[0] * size[1] / (reference[0] * reference[1])
 
 
 @torch.inference_mode()
-def path_milliseconds(model: ExitNetwork, size: tuple[int, int], rounds: int = ROUNDS) -> PathCosts:
+def path_milliseconds(model: ExitNetwork, size: tuple[int, int], policy: ExitPolicy, rounds: int = ROUNDS) -> PathCosts:
     """The milliseconds of one image of `size` (H, W) on each way through the network, medians; ways take turns.
 
-    A head is worth what asking it adds to the whole way, which is never below zero.
+    A head is worth what asking it adds to the whole way, the score of the policy with it, and never below zero.
     """
     device = next(model.parameters()).device
     images = torch.zeros(1, 3, *size, device=device).contiguous(memory_format=torch.channels_last)
     last = model.num_exits - 1
+    model.eval()
 
-    def way(exit: int, *asked: int) -> Callable[[], object]:
-        walked = Walked(model, exit, [place in asked for place in range(model.num_exits)], to_full_size=False).eval()
-        return lambda: walked(images)
+    def way(end: int, *asked: int) -> Callable[[], object]:
+        wanted = [place in asked for place in range(model.num_exits)]
+
+        def walk() -> None:
+            with closing(model.exits(images, wanted)) as exits:
+                for exit, coarse in zip(range(end + 1), exits, strict=False):
+                    if coarse is not None and exit < last:
+                        policy.scores(coarse, size, exit).cpu()
+
+        return walk
 
     ends = {f"end {exit}": way(exit, exit) for exit in range(last + 1)}
     with_heads = {f"head {exit}": way(last, exit, last) for exit in range(last)}
@@ -214,7 +247,7 @@ def calibrate(
     if unit not in get_args(Unit):
         raise ValueError(f"unit is {unit!r}; choose one of {', '.join(get_args(Unit))}")
     (found,) = exits_of_split(model, datamodule, split, policy or ExitPolicy())
-    costs = {"macs": path_costs(model, found.size), "milliseconds": path_milliseconds(model, found.size)}
+    costs = costs_of_ways(model, found.size, found.policy)
     table = found.table(costs[unit])
     full = table.mean_price * costs[unit].full
     if not is_share:
@@ -222,7 +255,15 @@ def calibrate(
     check_share(budget, costs[unit])
     policy = replace(found.policy, thresholds=solve(table, budget * full, how, spend=0.97))
     achieved = as_figures(found, policy, costs)
-    return Calibration(policy, budget, unit, how, split, found.names, costs, achieved), found
+    calibration = Calibration(
+        policy, budget, unit, how, split, found.names, costs, achieved, table.mean_price, datamodule.resolution
+    )
+    return calibration, found
+
+
+def costs_of_ways(model: ExitNetwork, size: tuple[int, int], policy: ExitPolicy) -> dict[str, PathCosts]:
+    """What each way costs for an image of `size` (H, W), by unit."""
+    return {"macs": path_costs(model, size), "milliseconds": path_milliseconds(model, size, policy)}
 
 
 def check_share(budget: float, costs: PathCosts) -> None:
@@ -238,10 +279,12 @@ def check_share(budget: float, costs: PathCosts) -> None:
 def as_figures(found: ExitsOfSplit, policy: ExitPolicy, costs: dict[str, PathCosts]) -> dict[str, Any]:
     """What a policy comes to on a split: mIoU in points, average costs and shares of them, and who leaves where.
 
-    The deviations of the shares are from one such split to the next.
+    `expected` has mIoU and shares of other images: where lines were fitted to these, the policy knows them better than
+    others. The deviations of the shares are from one such split to the next.
     """
-    table = found.table(costs["macs"])  # what the images do does not depend on the unit
+    table = found.own_table(costs["macs"])  # what the images do does not depend on the unit
     judged = at_thresholds(table, policy.thresholds)
+    expected = {"miou": at_thresholds(found.table(costs["macs"]), policy.thresholds).miou}
     draws = [scored(table, random_exits(table, judged.shares, seed)) for seed in range(20)]
     figures: dict[str, Any] = {
         "images": len(found.names),
@@ -249,12 +292,15 @@ def as_figures(found: ExitsOfSplit, policy: ExitPolicy, costs: dict[str, PathCos
         "miou_random": float(np.mean(draws)),
         "miou_of_exits": [scored(table, np.full(len(found.names), exit)) for exit in range(table.num_exits)],
         "exits": [float(share) for share in judged.shares],
+        "expected": expected,
     }
     for unit, cost in costs.items():
-        spent, full = at_thresholds(found.table(cost), policy.thresholds), table.mean_price * cost.full
-        figures[unit] = spent.average_cost
-        figures[f"{unit}_share"] = spent.average_cost / full
-        figures[f"{unit}_share_deviation"] = spent.cost_deviation / full
+        own, others = (at_thresholds(t, policy.thresholds) for t in (found.own_table(cost), found.table(cost)))
+        full = table.mean_price * cost.full
+        figures[unit] = own.average_cost
+        figures[f"{unit}_share"] = own.average_cost / full
+        expected[f"{unit}_share"] = others.average_cost / full
+        expected[f"{unit}_share_deviation"] = others.cost_deviation / full
     return figures
 
 

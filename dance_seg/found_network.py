@@ -15,11 +15,10 @@ from typing import Any
 from torch import nn
 
 from dance_seg.build import tracker_of
-from dance_seg.calibration import Calibration, Unit, as_figures, curves, path_milliseconds
+from dance_seg.calibration import Calibration, Unit, as_figures, costs_of_ways, curves
 from dance_seg.checkpoint import save_checkpoint
 from dance_seg.cost.macs import count_macs
 from dance_seg.early_exit.exits import ExitNetwork
-from dance_seg.early_exit.paths import path_costs
 from dance_seg.machine import write_text
 from dance_seg.models import NETWORK_OF
 from dance_seg.network_slimming.structure import structure_record
@@ -77,7 +76,8 @@ def write_found(
     if judge.performance == "dynamic":
         assert isinstance(network, ExitNetwork)
         calibration, curve = calibration_of(network, judge, figures["best"]["details"]["thresholds"])
-        kept["exits"] = calibration.as_record()
+        resolution = float(recipe.data.args.get("resolution", 1.0))
+        kept["exits"] = calibration._replace(resolution=resolution).as_record()
         write_text(folder / "calibration.json", json.dumps(kept["exits"] | {"curves": curve}, indent=1) + "\n")
         network = network.cpu()
     checkpoint = {
@@ -100,7 +100,7 @@ def calibration_of(
     """The thresholds that a search chose, with what a calibration says beside them, and the curves for the report."""
     policy = replace(judge.policy, thresholds=tuple(float("inf") if one is None else one for one in thresholds))
     found = judge.split.exits(network, policy)
-    costs = {"macs": path_costs(network, found.size), "milliseconds": path_milliseconds(network, found.size)}
+    costs = costs_of_ways(network, found.size, policy)
     unit: Unit = "macs" if judge.table is None else "milliseconds"
     share = min(1.0, judge.budget.limit / costs[unit].full)
     achieved = as_figures(found, policy, costs)

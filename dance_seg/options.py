@@ -67,6 +67,20 @@ class Optimizer:
         return (images / batch_size) ** (1.0 if self.name == "sgd" else 0.5)
 
 
+def first_to_choose(max_epochs: int, validate_every: int, choose_from: float) -> int:
+    """The first epoch, from 0, whose validation may choose the best checkpoint.
+
+    It begins at the progress `choose_from` or later, so that cuts and a full-resolution tail that begin there came
+    first; where no validation does, it is the last one.
+
+    >>> first_to_choose(100, 5, 0.8), first_to_choose(100, 1, 0.8), first_to_choose(12, 5, 0.9)
+    (84, 80, 9)
+    """
+    validated = range(validate_every - 1, max_epochs, validate_every)
+    late = (epoch for epoch in validated if epoch / max_epochs >= choose_from - 1e-9)
+    return next(late, validated[-1] if validated else max_epochs - 1)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Training:
     """How long and on what a run trains; one epoch offers every image once."""

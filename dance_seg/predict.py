@@ -3,13 +3,14 @@ of ONNX files, one per exit; and labels as pictures a person can read.
 
 Images are RGB uint8 (H, W, 3); labels are train ids uint8 (H, W), at the image's own size, by the protocol of a run's
 own evaluation: the image made smaller by the recipe's `data.args.resolution`, areas averaged, the logits resized; with
-`data_slimming.inference: adaptive` simple images are made smaller still.
+`data_slimming.inference: adaptive` simple images are made smaller still, except by a folder of stages, whose files take
+one size.
 """
 
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -175,7 +176,8 @@ def _stages_predictor(folder: Path, resolution: float | None) -> Predictor:
 
     stages = StagesOnnx(folder)
     runs_on = f"onnxruntime, {stages.provider}, {stages.num_exits} exits"
-    return _predictor(folder, stages.record, resolution, runs_on, partial(_labels_by_stages, stages))
+    predictor = _predictor(folder, stages.record, resolution, runs_on, partial(_labels_by_stages, stages))
+    return replace(predictor, adaptive=None)  # stages take images of one size
 
 
 def _torch_predictor(path: Path, checkpoint: str, resolution: float | None, deadline_ms: float | None) -> Predictor:

@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from dance_seg.calibration import (
     write_calibration,
 )
 from dance_seg.checkpoint import load_checkpoint, save_checkpoint
+from dance_seg.early_exit.budget import at_thresholds
 from dance_seg.early_exit.exits import ExitNetwork
 from dance_seg.early_exit.paths import PathCosts, path_costs
 from dance_seg.early_exit.policy import ExitPolicy
@@ -32,12 +34,13 @@ from dance_seg.inference import Protocol, evaluate, predictions
 from dance_seg.metrics import confusion_matrix, scores
 from dance_seg.part import Part
 from dance_seg.predict import load_predictor
+from dance_seg.recipe import recipe_from_record
 from dance_seg.tracking import read_metrics
 from datamodules import build_datamodule
 from tests.dance_seg.early_exit.test_budget import random_table
 from tests.dance_seg.early_exit.toy import Toy
 from tests.tiny import tiny
-from tools.calibrate import some_of_each_exit, track
+from tools.calibrate import some_of_each_exit, static_network, track
 from tools.evaluate import exits_record
 
 CUTS = (
@@ -120,6 +123,21 @@ def test_thresholds_meet_the_budget_and_score_what_the_table_said(trained, netwo
     assert miou_of(found, 11) == pytest.approx(calibration.achieved["miou"], abs=1e-9)
 
 
+def test_by_a_fitted_score_too_the_figures_are_those_of_running_it(trained, network):
+    """Where lines were fitted to the images, the policy knows them better than others, for which the budget is."""
+    _, datamodule = trained
+    calibration, split = calibrate(network[0], datamodule, budget=0.7, split="val", policy=ExitPolicy(score="gain"))
+    costs, achieved = path_costs(network[0], (64, 64)), calibration.achieved
+    found = list(predictions(network[0], datamodule, "val", policy=calibration.policy))
+    spent = [costs.total(one.exits[0], calibration.policy.asked) for one in found]
+    assert np.mean(spent) == pytest.approx(achieved["macs"])
+    assert achieved["macs_share"] == pytest.approx(achieved["macs"] / costs.full)
+    assert miou_of(found, 11) == pytest.approx(achieved["miou"], abs=1e-9)
+    assert achieved["expected"]["macs_share"] <= 0.7
+    others = at_thresholds(split.table(costs), calibration.policy.thresholds)
+    assert achieved["expected"]["miou"] == others.miou
+
+
 @pytest.mark.parametrize("how", ["direct", "geometric"])
 @pytest.mark.parametrize("unit", ["macs", "milliseconds"])
 def test_a_budget_is_spent_to_97_percent_in_either_unit(network, monkeypatch, unit, how):
@@ -127,7 +145,8 @@ def test_a_budget_is_spent_to_97_percent_in_either_unit(network, monkeypatch, un
     found = ExitsOfSplit(tuple(map(str, range(200))), table.scores, table.matrices, (64, 64), ExitPolicy())
     monkeypatch.setattr("dance_seg.calibration.exits_of_split", lambda *_: [found])
     monkeypatch.setattr("dance_seg.calibration.path_milliseconds", lambda *_: PathCosts((1.0, 2.0, 4.0), (0.1,) * 3))
-    calibration, _ = calibrate(model, None, budget=0.6, split="val", unit=unit, how=how)
+    datamodule = SimpleNamespace(resolution=1.0)
+    calibration, _ = calibrate(model, datamodule, budget=0.6, split="val", unit=unit, how=how)
     assert 0.97 * 0.6 <= calibration.achieved[f"{unit}_share"] <= 0.6
 
 
@@ -201,8 +220,13 @@ def test_smaller_images_cost_less_in_calibration_and_evaluation(trained, network
     model = network[0]
     monkeypatch.setattr(datamodule, "adaptive", HalfOfEveryOther(datamodule.source("val").names))
     calibration, found = calibrate(model, datamodule, budget=0.6, split="val", policy=ExitPolicy(score="mean"))
-    assert found.prices == (1, 0.25, 1, 0.25, 1, 0.25)
+    small = path_costs(model, (32, 32)).full / path_costs(model, (64, 64)).full
+    assert found.prices == pytest.approx((1, small, 1, small, 1, small))
     full = path_costs(model, (64, 64))
+    assert calibration.mean_price == pytest.approx((1 + small) / 2)
+    for unit in ("macs", "milliseconds"):
+        whole = calibration.achieved[unit] / calibration.achieved[f"{unit}_share"]
+        assert calibration.mean_price * calibration.costs[unit].full == pytest.approx(whole)
     left = list(predictions(model, datamodule, "val", policy=calibration.policy))
     assert [one.seen for one in left] == [(64, 64), (32, 32)] * 3
     costs = [full.total(one.exits[0], calibration.policy.asked) * p for one, p in zip(left, found.prices, strict=True)]
@@ -312,11 +336,35 @@ def test_the_table_counts_every_exit_of_every_image(trained, network):
 
 
 def test_the_ways_of_a_network_are_timed_each():
-    costs = path_milliseconds(Toy().eval(), (9, 12), rounds=3)
+    costs = path_milliseconds(Toy().eval(), (9, 12), ExitPolicy(), rounds=3)
     assert costs.unit == "milliseconds"
     assert len(costs.trunk) == len(costs.heads) == 3
     assert all(value >= 0 for value in (*costs.trunk, *costs.heads))
     assert costs.full > 0
+
+
+def test_a_way_is_timed_with_the_scores_of_the_exits_it_asks(monkeypatch):
+    asked, scored_by = [], ExitPolicy.scores
+
+    def scores(self, coarse, size=None, exit=0):
+        asked.append(exit)
+        return scored_by(self, coarse, size, exit)
+
+    monkeypatch.setattr(ExitPolicy, "scores", scores)
+    path_milliseconds(Toy().eval(), (9, 12), ExitPolicy(), rounds=2)
+    # Two ways end at exits that are asked, and two go on from them; at the last exit nobody asks.
+    assert asked.count(0) == asked.count(1) > 0
+    assert set(asked) == {0, 1}
+
+
+def test_a_static_network_beside_is_seen_as_the_command_says(trained):
+    folder, datamodule = trained
+    found = static_network(folder, "val", ["data.args.num_val=2"])
+    model, record, _ = load_run(folder)
+    fewer = build_datamodule(recipe_from_record(record["recipe"], ["data.args.num_val=2"]))
+    assert found["miou"] == pytest.approx(evaluate(model, fewer, "val").miou, abs=1e-9)
+    assert found["miou"] != pytest.approx(evaluate(model, datamodule, "val").miou, abs=1e-9)
+    assert found["macs"] == path_costs(model, (64, 64)).full
 
 
 @pytest.mark.slow  # the commands of the README are run in any case
@@ -333,8 +381,9 @@ def test_the_tools_calibrate_evaluate_and_refuse(trained, tmp_path):
     assert "calibrated on val: 6 images, score mean" in done.stdout  # too few for the score gain
     achieved = json.loads(figures.read_text())["achieved"]
     assert achieved["macs_share"] <= 0.7
-    expected = f"6 other images are expected to spend {achieved['macs_share']:.3f} +- "
-    assert f"{expected}{achieved['macs_share_deviation']:.3f} of the macs" in done.stdout
+    expected = achieved["expected"]
+    said = f"6 other images are expected to spend {expected['macs_share']:.3f} +- "
+    assert f"{said}{expected['macs_share_deviation']:.3f} of the macs" in done.stdout
     written = json.loads((folder / "calibration.json").read_text())
     assert written["curves"]["macs"]
     assert written["epochs"] == 3

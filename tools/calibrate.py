@@ -74,6 +74,7 @@ def main() -> int:
     policy = ExitPolicy(score=score, confident_from=arguments.confident_from, boundary_weight=arguments.boundary_weight)
     # Images are seen as evaluate and predict will show them.
     datamodule.adaptive = adaptive_of({**record, "recipe": recipe_record(recipe)})
+    beside = [static_network(folder, arguments.split, arguments.overrides) for folder in arguments.beside]
     calibration, found = calibrate(
         model,
         datamodule,
@@ -87,7 +88,7 @@ def main() -> int:
     figures = calibration.as_record() | {
         "epochs": epochs_of(arguments.run),
         "curves": curves(found, calibration.costs, calibration.how),
-        "beside": [static_network(folder, arguments.split) for folder in arguments.beside],
+        "beside": beside,
     }
     write_calibration(path, calibration)
     write_text(arguments.run / "calibration.json", json.dumps(figures, indent=1) + "\n")
@@ -119,22 +120,32 @@ class Shown(NamedTuple):
     prediction: "np.ndarray"  # uint8 (H, W)
 
 
-def static_network(folder: Path, split: str) -> dict[str, Any]:
-    """What a run's whole network comes to on a split of its own data: mIoU, and the costs of the first image.
+def static_network(folder: Path, split: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """What a run's whole network comes to on a split of its own data: mIoU, and the costs of an image on average.
 
     Raises ValueError when there is no such run.
     """
+    import numpy as np
+
     from dance_seg.build import load_run
-    from dance_seg.calibration import whole_costs
-    from dance_seg.inference import evaluate
-    from dance_seg.recipe import recipe_from_record
+    from dance_seg.calibration import price, whole_costs
+    from dance_seg.inference import predictions
+    from dance_seg.metrics import confusion_matrix, scores
+    from dance_seg.recipe import adaptive_of, recipe_from_record, recipe_record
     from datamodules import build_datamodule
 
     model, record, _ = load_run(folder)
-    datamodule = build_datamodule(recipe_from_record(record["recipe"]))
-    images = next(iter(datamodule.evaluation_loader(split))).images
-    costs = whole_costs(model, (images.shape[-2], images.shape[-1]))
-    return {"name": folder.name, "miou": evaluate(model, datamodule, split).miou, **costs}
+    recipe = recipe_from_record(record["recipe"], overrides)
+    datamodule = build_datamodule(recipe)
+    datamodule.adaptive = adaptive_of({**record, "recipe": recipe_record(recipe)})
+    classes = len(datamodule.classes)
+    matrix, seen = np.zeros((classes, classes), np.int64), list[tuple[int, int]]()
+    for found in predictions(model, datamodule, split):  # puts the network where it runs
+        matrix += confusion_matrix(found.prediction, found.label, classes)
+        seen.append(found.seen)
+    times = sum(price(model, size, seen[0]) for size in seen) / len(seen)
+    costs = {unit: times * cost for unit, cost in whole_costs(model, seen[0]).items()}
+    return {"name": folder.name, "miou": scores(matrix).miou, **costs}
 
 
 def some_of_each_exit(model: Any, datamodule: Any, calibration: "Calibration") -> list[Shown]:
@@ -193,24 +204,26 @@ def track(
 
 def print_table(calibration: "Calibration") -> None:
     """One row per exit, and below what stopping comes to on the calibration split."""
-    macs, milliseconds, achieved = calibration.costs["macs"], calibration.costs["milliseconds"], calibration.achieved
+    achieved, times = calibration.achieved, calibration.mean_price
     print(f"calibrated on {calibration.split}: {achieved['images']} images, score {calibration.policy.score}")
     print("  exit  threshold     mIoU   GMACs      ms  leaves here")
     thresholds = [*(f"{value:9.4f}" for value in calibration.policy.thresholds), "        -"]
     for exit, threshold in enumerate(thresholds):
         alone = [place == exit for place in range(len(thresholds))]
-        gmacs, taken = macs.total(exit, alone) / 1e9, milliseconds.total(exit, alone)
+        cost = {unit: times * costs.total(exit, alone) for unit, costs in calibration.costs.items()}
         miou, leaves = achieved["miou_of_exits"][exit], achieved["exits"][exit]
-        print(f"  {exit + 1:4}  {threshold}  {miou:7.2f}  {gmacs:6.2f}  {taken:6.1f}  {leaves:10.0%}")
+        gmacs, milliseconds = cost["macs"] / 1e9, cost["milliseconds"]
+        print(f"  {exit + 1:4}  {threshold}  {miou:7.2f}  {gmacs:6.2f}  {milliseconds:6.1f}  {leaves:10.0%}")
     print(
         f"mIoU {achieved['miou']:.2f} (random exits {achieved['miou_random']:.2f}) at {achieved['macs_share']:.3f} of "
         f"the MACs and {achieved['milliseconds_share']:.3f} of the milliseconds; the budget was "
         f"{calibration.budget:g} of the {calibration.unit}"
     )
-    share, deviation = (achieved[f"{calibration.unit}_share{what}"] for what in ("", "_deviation"))
+    expected = achieved["expected"]
+    share, deviation = (expected[f"{calibration.unit}_share{what}"] for what in ("", "_deviation"))
     print(
         f"{achieved['images']} other images are expected to spend {share:.3f} +- {deviation:.3f} of the "
-        f"{calibration.unit}; more images calibrate it closer"
+        f"{calibration.unit} at mIoU {expected['miou']:.2f}; more images calibrate it closer"
     )
 
 

@@ -48,9 +48,10 @@ def arguments_parser() -> argparse.ArgumentParser:
 def main() -> int:
     """Print mIoU, accuracies and the IoU of each class, with the protocol they were taken by."""
     arguments = arguments_parser().parse_intermixed_args()
-    if arguments.predictions and (arguments.scales or arguments.window or arguments.flip or arguments.save):
+    given = ("scales", "window", "stride", "flip", "save", "exit", "tile")
+    if arguments.predictions and any(getattr(arguments, name) for name in given):
         raise ValueError(
-            "--predictions scores files as they are: --scales, --window, --flip and --save do not go along"
+            f"--predictions scores files as they are: {', '.join(f'--{name}' for name in given)} do not go along"
         )
     import numpy as np
 
@@ -173,10 +174,13 @@ def exit_policy(
     from dance_seg.early_exit.exits import ExitNetwork
 
     if not isinstance(model, ExitNetwork):
-        if arguments.exit:
-            raise ValueError(f"--exit {arguments.exit}: {at} holds a network with one exit")
+        if arguments.exit or arguments.tile:
+            asked = f"--exit {arguments.exit}" if arguments.exit else "--tile"
+            raise ValueError(f"{asked}: {at} holds a network with one exit")
         return None
     if arguments.exit == "last":
+        if arguments.tile:
+            raise ValueError("--tile lets tiles stop early, and with --exit last none does; leave one of them out")
         return None
     if arguments.exit:
         if not arguments.exit.isdigit():
@@ -188,6 +192,12 @@ def exit_policy(
     if arguments.scales or arguments.window or arguments.flip:
         raise ValueError("--scales, --window and --flip do not go with calibrated exits; add --exit last")
     refuse_overlap(record, datamodule, split)
+    seen = record["exits"].get("resolution", datamodule.resolution)
+    if seen != datamodule.resolution:
+        print(
+            f"thresholds were chosen at {seen:g} times the images' size, and these are seen at "
+            f"{datamodule.resolution:g} times theirs: the budget need not be met"
+        )
     if arguments.tile:
         print("thresholds were chosen for whole images: by tiles the budget need not be met")
     return policy
@@ -196,7 +206,7 @@ def exit_policy(
 def exits_record(model: Any, taken: Sequence[Left], policy: "ExitPolicy", tile: Sequence[int] | None) -> dict[str, Any]:
     """Where images or tiles left, and the MACs of an image on average.
 
-    MACs are counted for the first image, or one tile, and taken to go with the pixels of the others.
+    MACs are counted for the first image, or one tile, and taken to go with the padded pixels of the others.
     """
     from dance_seg.calibration import price
     from dance_seg.early_exit.paths import path_costs
@@ -205,7 +215,7 @@ def exits_record(model: Any, taken: Sequence[Left], policy: "ExitPolicy", tile: 
     size = taken[0][0]
     whole = path_costs(model.cpu(), size)
     costs = path_costs(model, tile_size(size, (tile[0], tile[1]))) if tile else whole
-    prices = [price(seen, size) for seen, _ in taken]
+    prices = [price(model, seen, size) for seen, _ in taken]
     spent = [
         sum(costs.total(exit, policy.asked) for exit in exits) * (1 if tile else one)
         for one, (_, exits) in zip(prices, taken, strict=True)

@@ -20,6 +20,9 @@ from dance_seg.sample import CoarseLogits
 
 Score = Literal["confident", "mean", "entropy", "gain"]
 
+FITTED = ("lines", "limits")
+"""What a policy has of the score gain alone, and only once it was calibrated."""
+
 LEAST_LOGIT = -200.0
 """Relative to the leading one; its probability is 0 in float32, and times the logit it is still 0 and not NaN."""
 
@@ -53,6 +56,9 @@ class ExitPolicy:
     boundary_weight: float = 1.0
     thresholds: tuple[float, ...] = ()  # one per exit but the last
     lines: tuple[tuple[float, ...], ...] = ()  # one per exit but the last: a constant, and two weights per class
+    limits: tuple[
+        tuple[float, ...], ...
+    ] = ()  # one per line: least evidence of each kind, then most; beyond is as at it
 
     def __post_init__(self) -> None:
         """Refuse values that make no sense; lists become tuples."""
@@ -71,19 +77,25 @@ class ExitPolicy:
             if not _number(threshold) or not (0 <= threshold <= 1 or threshold == math.inf):
                 raise ValueError(f"thresholds[{place}] is {threshold!r}: {allowed}")
         object.__setattr__(self, "thresholds", tuple(float(threshold) for threshold in self.thresholds))
-        object.__setattr__(self, "lines", self._lines())
+        object.__setattr__(self, "lines", self._rows("lines", "a constant, and two weights per class"))
+        limits = self._rows("limits", "of each piece of evidence the least, then of each the most")
+        if limits and [len(row) for row in limits] != [2 * len(line) - 2 for line in self.lines]:
+            raise ValueError(
+                f"limits is {limits!r}: two per weight of lines, and as many rows; leave it empty for none"
+            )
+        object.__setattr__(self, "limits", limits)
 
-    def _lines(self) -> tuple[tuple[float, ...], ...]:
-        allowed = "one list of finite numbers per exit but the last: a constant, and two weights per class"
-        lines = self.lines
-        if not isinstance(lines, tuple | list) or not all(isinstance(line, tuple | list) and line for line in lines):
-            raise ValueError(f"lines is {lines!r}: {allowed}")
-        for place, line in enumerate(lines):
-            if len(line) != len(lines[0]) or not all(_number(value) and math.isfinite(value) for value in line):
-                raise ValueError(f"lines[{place}] is {line!r}: {allowed}")
-        if lines and self.score != "gain":
-            raise ValueError(f"lines are those of the score gain, and score is {self.score!r}; leave them empty")
-        return tuple(tuple(float(value) for value in line) for line in lines)
+    def _rows(self, key: str, what: str) -> tuple[tuple[float, ...], ...]:
+        allowed = f"one list of finite numbers per exit but the last: {what}"
+        rows = getattr(self, key)
+        if not isinstance(rows, tuple | list) or not all(isinstance(row, tuple | list) and row for row in rows):
+            raise ValueError(f"{key} is {rows!r}: {allowed}")
+        for place, row in enumerate(rows):
+            if len(row) != len(rows[0]) or not all(_number(value) and math.isfinite(value) for value in row):
+                raise ValueError(f"{key}[{place}] is {row!r}: {allowed}")
+        if rows and self.score != "gain":
+            raise ValueError(f"{key} are those of the score gain, and score is {self.score!r}; leave them empty")
+        return tuple(tuple(float(value) for value in row) for row in rows)
 
     @property
     def asked(self) -> tuple[bool, ...]:
@@ -103,9 +115,7 @@ class ExitPolicy:
         (tensor([0.5000]), tensor([1.]))
         """
         if self.score == "gain":
-            evidence = self.evidence(coarse, size)
-            constant, *weights = self._line(exit, coarse.logits.shape[1])
-            return torch.sigmoid(-(evidence @ evidence.new_tensor(weights) + constant))
+            return self.scores_of_evidence(self.evidence(coarse, size), exit)
         logits = self._logits(coarse, size)
         return self._mean(self.sureness(logits), logits).clamp(0, 1)
 
@@ -118,6 +128,18 @@ class ExitPolicy:
         logits = self._logits(coarse, size)
         probabilities = logits.softmax(1)
         return self._mean(torch.cat([probabilities, probabilities * (1 - probabilities)], dim=1), logits)
+
+    def scores_of_evidence(self, evidence: Tensor, exit: int) -> Tensor:
+        """The score `gain` of evidence (N, 2 C) at an exit, float32 (N,); raises ValueError as `scores` does.
+
+        Evidence beyond the limits counts as at them: of a class that was hardly there where the line was fitted, the
+        line knows nothing, and its weight is as large as the class was rare.
+        """
+        constant, *weights = self._line(exit, evidence.shape[1] // 2)
+        if exit < len(self.limits):
+            least, most = evidence.new_tensor(self.limits[exit]).chunk(2)
+            evidence = evidence.clamp(least, most)
+        return torch.sigmoid(-(evidence @ evidence.new_tensor(weights) + constant))
 
     def _logits(self, coarse: CoarseLogits, size: Sequence[int] | None) -> Tensor:
         logits = within_image(coarse, coarse.padded_size if size is None else size).float()
@@ -179,9 +201,10 @@ class ExitPolicy:
     def as_record(self) -> dict[str, Any]:
         """Plain data for a checkpoint or JSON; infinity, which JSON does not have, as None."""
         never = [None if threshold == math.inf else threshold for threshold in self.thresholds]
-        record = {**asdict(self), "thresholds": never, "lines": [list(line) for line in self.lines]}
-        if not self.lines:
-            del record["lines"]
+        record = {**asdict(self), "thresholds": never}
+        for key in FITTED:
+            rows = [list(row) for row in record.pop(key)]
+            record |= {key: rows} if rows else {}
         return record
 
     @classmethod
@@ -195,7 +218,7 @@ class ExitPolicy:
         if not isinstance(record, Mapping):
             raise ValueError(f"the record of an exit policy is {type(record).__name__}; it maps {', '.join(keys)}")
         for key in keys:
-            if key not in record and key != "lines":
+            if key not in record and key not in FITTED:
                 raise ValueError(f"{key} is missing in the record of an exit policy, which has {', '.join(keys)}")
         for key in record:
             if key not in keys:

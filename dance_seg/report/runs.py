@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from dance_seg.errors import DataError
 from dance_seg.metrics_file import read_metrics
+from dance_seg.options import first_to_choose
 from dance_seg.plain_data import MAX_BYTES, parse_yaml, read_object
 
 _DAMAGED = (KeyError, TypeError, ValueError, AttributeError, OverflowError)  # what makes no sense raises these
@@ -241,9 +242,15 @@ class Run:
         return 0.8 if value is None else value
 
     @property
+    def validate_every(self) -> int:
+        """The epochs from one validation to the next."""
+        return max(1, int(number(section(self.recipe, "trainer").get("validate_every")) or 1))
+
+    @property
     def best(self) -> Validation | None:
         """The validation of the best checkpoint: the first with the highest mIoU among those that may choose."""
-        allowed = [v for v in self.validations if v.epoch / self.max_epochs >= self.choose_from - 1e-9]
+        first = first_to_choose(self.max_epochs, self.validate_every, self.choose_from)
+        allowed = [v for v in self.validations if v.epoch > first]  # those of complete epochs, the others from 0
         return max(allowed, key=lambda v: v.miou, default=None)
 
     @property
@@ -468,7 +475,10 @@ def _read_exits(path: Path, pictures: Path) -> Exits | None:
             mious=tuple(_finite(value) for value in achieved["miou_of_exits"]),
             shares=tuple(_finite(value) for value in achieved["exits"]),
             costs={
-                unit: tuple(_finite(a) + _finite(b) for a, b in zip(cost["trunk"], cost["heads"], strict=True))
+                unit: tuple(
+                    _finite(record.get("mean_price", 1.0)) * (_finite(a) + _finite(b))
+                    for a, b in zip(cost["trunk"], cost["heads"], strict=True)
+                )
                 for unit, cost in record["costs"].items()
             },
             achieved=(_finite(achieved["miou"]), _finite(achieved["miou_random"])),

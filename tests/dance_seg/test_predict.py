@@ -1,6 +1,7 @@
 """Labels come back at the image's own size as evaluation would have them, whatever file holds the network."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -22,10 +23,12 @@ from dance_seg.predict import (
     palette_picture,
     stacked,
 )
+from dance_seg.recipe import adaptive_of, parse_recipe, recipe_record
 from dance_seg.sample import Sample
 from datamodules.scenes import CLASSES, PALETTE, render_scene
 from datamodules.transforms import EvaluationImages
 from tests.exported import small_network, small_record, write_small_run
+from tests.tiny import SLIM, TINY
 
 SIZE = (90, 130)
 HALF = "data.args.resolution=0.5"
@@ -176,3 +179,21 @@ def test_the_narrower_picture_is_continued_in_white() -> None:
     made = stacked(np.zeros((1, 1, 3), np.uint8), np.zeros((1, 2, 3), np.uint8))
     assert made[:, :, 0].tolist() == [[0, 255], [0, 0]]
     assert cv2.countNonZero(made[:, :, 0]) == 1
+
+
+def test_stages_see_images_at_the_one_size_they_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "stage_1.onnx").write_bytes(b"")
+    recipe = parse_recipe(TINY + SLIM, ["data_slimming.inference=adaptive"], name="tiny")
+    labels = {"classes": ["a", "b"], "palette": [[0, 0, 0], [1, 1, 1]]}
+    record = {"recipe": recipe_record(recipe), "labels": labels, "complexity": [0.0, 1000.0]}
+    assert adaptive_of(record) is not None
+    seen = []
+
+    def stage_labels(image: np.ndarray, size: tuple[int, int]) -> SimpleNamespace:
+        seen.append(image.shape[:2])
+        return SimpleNamespace(labels=torch.zeros(1, *size, dtype=torch.uint8))
+
+    stages = SimpleNamespace(record=record, provider="CPU", num_exits=1, labels=stage_labels)
+    monkeypatch.setattr("dance_seg.export_exits.StagesOnnx", lambda folder: stages)
+    load_predictor(tmp_path)(np.zeros((64, 96, 3), np.uint8))
+    assert seen == [(64, 96)]

@@ -349,11 +349,13 @@ def all_milliseconds(
 ) -> tuple["PathCosts", dict[Twin, float]]:
     """Milliseconds of the ways through the network with exits, and of each twin: of its share of the whole way.
 
-    All up to the logits as the network makes them, as calibration counts; twins and the whole way take turns.
+    All up to the logits as the network makes them, as calibration counts, and deciding by the score that takes longest;
+    twins and the whole way take turns.
     """
     import torch
 
     from dance_seg.calibration import path_milliseconds
+    from dance_seg.early_exit.policy import ExitPolicy
 
     def side(network: Network) -> Callable[[], object]:
         return partial(network[0].coarse_logits, first_images(*network, split, 1)[0][0])
@@ -361,7 +363,11 @@ def all_milliseconds(
     sides = {"whole": side(exits), **{twin.row: side(network) for twin, network in twins.items()}}
     images = first_images(*exits, split, 1)[0][0]
     with torch.inference_mode():
-        costs = path_milliseconds(exits[0], (images.shape[-2], images.shape[-1]), rounds)
+        line = (0.0,) * (1 + 2 * len(exits[1].classes))
+        dearest = ExitPolicy(
+            score="gain", boundary_weight=min(BOUNDARY_WEIGHTS), lines=(line,) * (exits[0].num_exits - 1)
+        )
+        costs = path_milliseconds(exits[0], (images.shape[-2], images.shape[-1]), dearest, rounds)
         times = interleave(sides, rounds, warm_up=3, device=images.device)
     return costs, {twin: costs.full * ratio(times[twin.row], times["whole"])["median"] for twin in twins}
 
@@ -397,6 +403,7 @@ def stopping(
     model: "ExitNetwork", data: "SegmentationDataModule", milliseconds: "PathCosts", calibration: str, test: str
 ) -> tuple[Measured, Costs]:
     """The lines of all exits alone, of stopping within both budgets and of random exits; budgets met, who left."""
+    from dance_seg.early_exit.budget import at_thresholds
     from dance_seg.early_exit.paths import path_costs
 
     on_calibration = by_policy(model, data, calibration, every_score())
@@ -415,7 +422,10 @@ def stopping(
         policy = chosen(on_calibration, cost, BUDGET * cost.full)
         rows[adaptive_row(unit)] = figures_of(on_test[unset(policy)], policy, costs)
         policies[unit] = policy
-        spent = [average(found[unset(policy)], policy, cost) for found in (on_calibration, on_test)]
+        spent = [
+            at_thresholds(table, policy.thresholds).average_cost
+            for table in (on_calibration[unset(policy)].own_table(cost), on_test[unset(policy)].table(cost))
+        ]
         errors = [one / (BUDGET * cost.full) - 1 for one in spent]
         notes[f"spent_over_budget_{unit}"] = [round(1 + error, 3) for error in errors]
         if unit == "macs":
@@ -881,9 +891,11 @@ def check_parts(
 
 
 def images_of_parts(model: "ExitNetwork", call: Callable[[], object]) -> list[int]:
-    """How many images came to each part of the network, one before each exit; empty for networks not known here."""
-    parts = parts_of(model)
-    ran = [0] * len(parts)
+    """How many images came to each part of the network, one before each exit; of BasisNet's to each encoder."""
+    from dance_seg.early_exit.exits import changed
+    from dance_seg.models.basisnet import BasisNet
+
+    ran = [0] * model.num_exits
 
     def counted(place: int) -> Callable[..., None]:
         def hook(module: Any, inputs: Any) -> None:
@@ -891,25 +903,25 @@ def images_of_parts(model: "ExitNetwork", call: Callable[[], object]) -> list[in
 
         return hook
 
-    hooks = [part.register_forward_pre_hook(counted(place)) for place, part in enumerate(parts)]
+    def part(exit: int, state: Any) -> Any:
+        images: list[int] = []
+        changed(state, lambda tensor: images.append(len(tensor)))
+        ran[exit] += images[0]
+        return type(model).part(model, exit, state)
+
+    hooks = []
+    if isinstance(model, BasisNet):  # whose second part does nothing: the specialist is its head
+        encoders = (model.preview.encoder, model.specialist.network.encoder)
+        hooks = [encoder.register_forward_pre_hook(counted(place)) for place, encoder in enumerate(encoders)]
+    else:
+        model.part = part  # type: ignore[method-assign]
     try:
         call()
     finally:
         for hook in hooks:
             hook.remove()
+        model.__dict__.pop("part", None)
     return ran
-
-
-def parts_of(model: Any) -> list["nn.Module"]:
-    """The first layer, or block, behind each exit that does not run for images that left there."""
-    from dance_seg.models.basisnet import BasisNet
-    from dance_seg.models.ranet import RANet
-
-    if isinstance(model, RANet) and model.num_exits == len(model.networks):
-        return [network.blocks[0] for network in model.networks]
-    if isinstance(model, BasisNet):
-        return [model.preview.encoder, model.specialist.network.encoder]
-    return []
 
 
 Proofs = tuple[dict[str, float], dict[str, Any]]

@@ -144,9 +144,8 @@ def scored(network: Network, data: "SegmentationDataModule", size: tuple[int, in
     """The mIoU in points, and the shares of the whole network's MACs and milliseconds that an image takes."""
     import numpy as np
 
-    from dance_seg.calibration import path_milliseconds
+    from dance_seg.calibration import costs_of_ways
     from dance_seg.early_exit.exits import ExitNetwork
-    from dance_seg.early_exit.paths import path_costs
     from dance_seg.inference import predictions
     from dance_seg.metrics import confusion_matrix, scores
 
@@ -160,7 +159,7 @@ def scored(network: Network, data: "SegmentationDataModule", size: tuple[int, in
     assert isinstance(network.model, ExitNetwork)
     shares = [
         costs.average(exits, network.policy.asked) / costs.full
-        for costs in (path_costs(network.model, size), path_milliseconds(network.model, size))
+        for costs in costs_of_ways(network.model, size, network.policy).values()
     ]
     return scores(matrix).miou, shares[0], shares[1]
 

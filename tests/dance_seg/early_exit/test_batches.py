@@ -86,7 +86,9 @@ def test_networks_answer_as_they_do_in_a_batch_of_their_own(name):
     policy = ExitPolicy(score="mean", thresholds=tuple(scores.median(0).values.tolist()[:-1]))
     whole = decide(model, images, (64, 96), policy)
 
-    for places, decided in decide_in_batches(model, images.split(2), (64, 96), policy, 3):
+    answered = list(decide_in_batches(model, images.split(2), (64, 96), policy, 3))
+    assert sorted(np.concatenate([places for places, _ in answered])) == list(range(6))
+    for places, decided in answered:
         assert decided.exits.tolist() == whole.exits[places].tolist()
         # Sums of another order: a pixel of two equal classes may change.
         assert (decided.labels != whole.labels[places]).float().mean() < 1e-3

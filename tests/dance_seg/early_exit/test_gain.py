@@ -139,6 +139,10 @@ def test_boundaries_may_count_for_less():
         ({"lines": ((1.0, "a"),)}, r"lines\[0\]"),
         ({"lines": ((),)}, "lines is"),
         ({"lines": 3}, "lines is 3"),
+        ({"limits": ((0.0, 1.0),)}, "limits is .*two per weight of lines"),
+        ({"lines": ((1.0, 2.0),), "limits": ((0.0, 1.0, 2.0, 3.0),)}, "limits is .*two per weight of lines"),
+        ({"lines": ((1.0, 2.0),), "limits": ((0.0, float("inf")),)}, r"limits\[0\] is"),
+        ({"limits": ((1.0, 2.0),), "score": "mean"}, "limits are those of the score gain"),
     ],
 )
 def test_lines_that_make_no_sense_are_refused(changes, said):
@@ -158,11 +162,37 @@ def test_lines_are_needed_and_belong_to_the_network():
 
 
 def test_a_record_keeps_the_lines_and_one_without_them_is_read():
-    policy = ExitPolicy(score="gain", thresholds=(0.5,), lines=((0.0, 1.0, 2.0),))
+    policy = ExitPolicy(score="gain", thresholds=(0.5,), lines=((0.0, 1.0, 2.0),), limits=((0.0, 0.1, 0.8, 0.2),))
     assert ExitPolicy.from_record(policy.as_record()) == policy
     plain = ExitPolicy(thresholds=(0.5,))
     assert "lines" not in plain.as_record()
     assert ExitPolicy.from_record(plain.as_record()) == plain
+
+
+def test_a_class_that_calibration_hardly_saw_does_not_decide():
+    """The weight of evidence is its slope over its deviation, so as large as the class was rare."""
+    generator = np.random.default_rng(0)
+    common = generator.dirichlet(np.ones(3), 100)
+    rare = 1e-7 * generator.random((100, 1))
+    p = np.concatenate([common, rare], axis=1)
+    evidence = np.concatenate([p, p * (1 - p)], axis=1)[:, None].repeat(2, axis=1).astype(np.float32)
+    right = (100 * common[:, :1]).round().astype(np.int32)  # the first class gains by going on
+    matrices = np.zeros((100, 2, 4, 4), np.int32)
+    matrices[:, 0, 0, 1], matrices[:, 1, 0, 0] = right[:, 0], right[:, 0]
+    matrices[:, :, 1, 1] = 50
+    policy, _, scores = with_lines(ExitPolicy(score="gain"), evidence, matrices)
+    usual = evidence[:1, 0].copy()
+    seen = usual.copy()
+    seen[0, 3] = seen[0, 7] = 0.01  # one pixel in a hundred
+    score, beyond = (float(policy.scores_of_evidence(torch.from_numpy(one), 0)) for one in (usual, seen))
+    least, most = usual.copy(), usual.copy()
+    for place in (3, 7):
+        least[0, place], most[0, place] = evidence[:, 0, place].min(), evidence[:, 0, place].max()
+    edges = [float(policy.scores_of_evidence(torch.from_numpy(one), 0)) for one in (least, most)]
+    assert min(*edges, score) - 1e-6 <= beyond <= max(*edges, score) + 1e-6
+    unlimited = ExitPolicy(score="gain", lines=policy.lines)
+    assert float(unlimited.scores_of_evidence(torch.from_numpy(seen), 0)) in (0, 1)
+    assert 0 < scores[:, 0].min() < scores[:, 0].max() < 1
 
 
 # Calibration ----------------------------------------------------------------------------------------------------------
@@ -188,10 +218,15 @@ def test_one_pass_serves_many_policies_and_fits_those_without_lines():
     assert of_mean.policy == mean
     assert len(of_gain.policy.lines) == 2
     assert len(of_gain.policy.lines[0]) == 1 + 2 * CLASSES
-    left_out = fit_lines(_evidence(model, gain), of_gain.matrices)[0].left_out
+    left_out = fit_lines(_evidence(model, gain).astype(np.float64), of_gain.matrices)[0].left_out
     assert of_gain.scores[:, 0] == pytest.approx(1 / (1 + np.exp(left_out)), abs=1e-6)
     (again,) = exits_of_batches(model, batches(), CLASSES, of_gain.policy)  # with lines: as images never seen
-    fitted, _ = with_lines(gain, _evidence(model, gain), of_gain.matrices)
+    evidence = _evidence(model, gain)
+    fitted, _, by_fitted = with_lines(gain, evidence, of_gain.matrices)
+    assert of_gain.own_scores == pytest.approx(again.scores, abs=1e-5)
+    assert of_gain.own_scores == pytest.approx(by_fitted, abs=1e-5)
+    assert np.abs(of_gain.own_scores - of_gain.scores).max() > 0.01  # what is fitted to an image knows it
+    assert fitted.limits[1] == pytest.approx((*evidence[:, 1].min(0), *evidence[:, 1].max(0)))
     assert again.policy == of_gain.policy
     assert np.array(fitted.lines) == pytest.approx(np.array(of_gain.policy.lines))
     constant, *weights = of_gain.policy.lines[1]
@@ -203,7 +238,7 @@ def _evidence(model, policy):
     from dance_seg.normalise import normalise
 
     found = [at_every_exit(model, normalise(batch.images), (9, 12)).evidence(policy) for batch in batches()]
-    return torch.cat(found).double().numpy()
+    return torch.cat(found).numpy()
 
 
 def test_images_leave_by_the_line_of_each_exit():
