@@ -174,6 +174,11 @@ def _check_supernet(recipe: Recipe) -> None:
             "trainer.compile and trainer.execution=auto have no place beside supernet, of which each step would be "
             "compiled anew; set compile: false and execution: given"
         )
+    if options.end > recipe.trainer.choose_from:
+        raise ValueError(
+            f"supernet.end is {options.end}, after trainer.choose_from {recipe.trainer.choose_from}: the best "
+            "checkpoint is chosen only once the smallest networks have been trained; lower one or raise the other"
+        )
     ranks = recipe.trainer.devices * recipe.trainer.num_nodes
     if options.method == "single" and ranks > 1:
         raise ValueError(

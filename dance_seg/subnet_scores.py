@@ -23,7 +23,7 @@ from dance_seg.calibration import ExitsOfSplit, exits_of_batches
 from dance_seg.cost.latency import measure_latency
 from dance_seg.cost.macs import count_macs
 from dance_seg.early_exit.budget import ExitTable
-from dance_seg.early_exit.exits import ExitNetwork
+from dance_seg.early_exit.exits import ExitNetwork, recalibrate
 from dance_seg.early_exit.paths import PathCosts, Walked
 from dance_seg.early_exit.policy import ExitPolicy
 from dance_seg.errors import DataError
@@ -46,7 +46,6 @@ from dance_seg.supernet.latency_table import (
     save_table,
 )
 from dance_seg.supernet.macs import SubnetMacs
-from dance_seg.supernet.recalibrate import recalibrate
 from dance_seg.supernet.search import Budget, judge_dynamic, reachable_cost
 from dance_seg.supernet.space import Subnet
 from dance_seg.supernet.storage import Scored

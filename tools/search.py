@@ -113,6 +113,8 @@ def check_asked(arguments: argparse.Namespace) -> None:
             "--control is a random search beside one for a single network; leave it out, or --method front, --subnet "
             "or --trained"
         )
+    if arguments.control and arguments.method == "random":
+        raise ValueError("--control is a random search beside another; leave it out, or --method random")
     if arguments.images is not None and arguments.images < 1:
         raise ValueError(f"--images is {arguments.images}; judge on at least 1")
     if has_budget:
@@ -188,7 +190,9 @@ def best_network(
 
     def search(method: str) -> Any:
         name = f"{method}_{judge.performance}_{judge.budget.limit:g}{judge.budget.unit}_seed{arguments.seed}.journal"
-        given = arguments.storage if method == arguments.method else None
+        given = arguments.storage
+        if given is not None and method != arguments.method:
+            given = given.with_name(f"{given.stem}_{method}{given.suffix}")
         with shown_progress(f"{method} search") as progress:
             return (evolve if method == "evolution" else random_search)(
                 judge.model.space,
@@ -202,23 +206,38 @@ def best_network(
                 progress=progress,
             )
 
+    # The control first: where its storage is of another search, that is said before anything was spent.
+    control = search_figures(search("random"), judge) if arguments.control else None
     found = search(arguments.method)
     figures = search_figures(found, judge) | {"about": about}
-    if arguments.control:
-        figures["control"] = search_figures(search("random"), judge)
+    if control is not None:
+        figures["control"] = control
     figures["beside"] = [*ends_of(judge), *beside(judge, arguments.beside)]
-    write_found(out, record, judge, found.best.subnet, figures)
+    network = write_found(out, record, judge, found.best.subnet, figures)
     track(recipe, out, found.history)
     write_report(out)
     print_best(found.history, judge)
     print(f"best: {found.best.subnet}")
     if found.note:
         print(found.note)
-    if "control" in figures:
-        control = figures["control"]["best"]["score"]
-        print(f"random search, as many networks: {control:.2f}; the search {found.best.score - control:+.2f}")
+    if judge.table is not None:
+        figures["measured_ms"] = measured = measured_ms(judge, network, out)
+        over = ", more than the budget" if measured > judge.budget.limit else ""
+        print(f"measured {measured:.4g} ms{over}; by the latency table {found.best.cost:.4g}, {judge.budget} allowed")
+    if control is not None:
+        of_random = control["best"]["score"]
+        print(f"random search, as many networks: {of_random:.2f}; the search {found.best.score - of_random:+.2f}")
     print(f"{out} holds the network, {out}/report.html the search; to train it on: tools.train {out}/recipe.yaml")
     return figures
+
+
+def measured_ms(judge: "SubnetScores", network: "nn.Module", folder: Path) -> float:
+    """What an image takes in the network that was found, measured: on average where images leave early."""
+    from dance_seg.plain_data import read_object
+
+    if judge.performance == "dynamic":
+        return float(read_object(folder / "calibration.json")["achieved"]["milliseconds"])
+    return judge.cost_of_other(network)
 
 
 def whole_front(arguments: argparse.Namespace, judge: "SubnetScores") -> dict[str, Any]:

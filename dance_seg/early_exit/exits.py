@@ -6,12 +6,13 @@ of the batch, so that stopping saves time in batches too.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from dance_seg.batch_norm import reestimate_batch_norm
 from dance_seg.evaluator import full_size, labels_of
 from dance_seg.normalise import padded_size
 from dance_seg.sample import CoarseLogits
@@ -118,6 +119,26 @@ def outputs_of(model: nn.Module, images: Tensor) -> Any:
     What walks through a network in evaluation must come by every part of it, and `forward` comes by one head.
     """
     return list(model.exits(images)) if isinstance(model, ExitNetwork) else model(images)
+
+
+def recalibrate(model: nn.Module, batches: Iterable[Tensor]) -> None:
+    """Replace the BatchNorm statistics of a network, of all its exits, by those of the given images, in place.
+
+    Raises ValueError as `reestimate_batch_norm` does.
+    """
+    reestimate_batch_norm(_EveryOutput(model), batches)
+
+
+class _EveryOutput(nn.Module):
+    """A network whose exits all speak, so that statistics reach every head."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Any:
+        """All that the network says of the images."""
+        return outputs_of(self.model, images)
 
 
 def logits_of_every_exit(model: nn.Module, images: Tensor) -> "Outputs | Tensor":

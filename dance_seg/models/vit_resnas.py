@@ -675,6 +675,10 @@ class Attention(nn.Module):
         taken = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
         return self.project(self.drop(from_windows(taken, self.window, size)))
 
+    def extra_repr(self) -> str:
+        """What the weights do not tell, and the time depends on."""
+        return f"heads={self.heads}, window={self.window}, reduction={self.reduction}"
+
     def keep(self, sizes: BlockSizes) -> None:
         """Use this corner of the weights."""
         self.heads = sizes.heads

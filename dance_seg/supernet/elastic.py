@@ -46,12 +46,14 @@ def activated(model: AnySupernet, subnet: Subnet) -> Iterator[AnySupernet]:
 
     Raises ValueError for a network of another space.
     """
-    before = model.active
+    before, masked = model.active, getattr(model, "masked", ())
     try:
         model.activate(subnet)
         yield model
     finally:
         model.activate(before)
+        if masked:  # several subnets at once
+            model.set_masks(masked)  # type: ignore[attr-defined]
 
 
 def check_belongs(subnet: Subnet, space: SearchSpace) -> None:
@@ -196,6 +198,8 @@ def reorder(
 ) -> None:
     """Put `len(order)` channels of a tensor from `start` on into another order, in place, with what optimisers hold.
 
+    Its gradient too, which a step over several batches has not used yet.
+
     >>> weight = torch.tensor([1.0, 2.0, 3.0, 4.0])
     >>> reorder(weight, 0, torch.tensor([1, 0]), start=2)
     >>> weight.tolist()
@@ -204,6 +208,11 @@ def reorder(
     held = [
         value for optimizer in optimizers if tensor in optimizer.state for value in optimizer.state[tensor].values()
     ]
-    for each in (tensor, *(value for value in held if torch.is_tensor(value) and value.shape == tensor.shape)):
+    gradient = [tensor.grad] if tensor.is_leaf and tensor.grad is not None else []
+    for each in (
+        tensor,
+        *gradient,
+        *(value for value in held if torch.is_tensor(value) and value.shape == tensor.shape),
+    ):
         part = each.narrow(dim, start, len(order))
         part.copy_(part.index_select(dim, order.to(each.device)))

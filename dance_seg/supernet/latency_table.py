@@ -36,6 +36,9 @@ from dance_seg.supernet.space import SearchSpace
 PERCENTILE = 25
 """Of a part's calls. Other work on the machine only ever adds, to some of the calls."""
 
+VERSION = 2
+"""Of what tells parts apart: since 2 the number of an attention's heads does."""
+
 Parts = Counter[str]
 """How often each part runs in one forward."""
 
@@ -54,6 +57,7 @@ class Conditions:
     device: str
     threads: int
     torch: str
+    version: int = VERSION
 
 
 @dataclass(frozen=True)
@@ -108,7 +112,10 @@ class LatencyTable:
             f"{name} was {cut_off(there[name])} and is {here[name]}" for name in there if there[name] != here[name]
         ]
         if differs:
-            raise ValueError(f"the latency table was measured elsewhere: {'; '.join(differs)}; measure one here")
+            raise ValueError(
+                f"the latency table was measured elsewhere: {'; '.join(differs)}; move it away, and one is measured "
+                "here"
+            )
 
     def as_record(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -295,7 +302,7 @@ def load_table(path: Path, space: SearchSpace, conditions: Conditions) -> Latenc
         there = record["conditions"]
         table = LatencyTable(
             str(record["space"]),
-            Conditions(**{**there, "input_size": tuple(there["input_size"])}),
+            Conditions(**{"version": 1, **there, "input_size": tuple(there["input_size"])}),
             {str(part): float(milliseconds) for part, milliseconds in record["parts"].items()},
             float(record["factor"]),
             tuple(float(error) for error in record["errors"]),

@@ -53,8 +53,8 @@ def several_at_once(model: MultiArchitectural, subnets: Sequence[Subnet]) -> Ite
     The backward pass may come after: masks matter to the forward only.
     """
     active, masked = model.active, model.masked
-    model.set_masks(subnets)
     try:
+        model.set_masks(subnets)
         yield
     finally:
         model.activate(active)

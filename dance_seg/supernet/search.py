@@ -300,10 +300,16 @@ class Window:
     def nothing(self, budget: Budget) -> ValueError:
         """The error to raise when no network was found within, with the nearest costs that there are."""
         smallest, largest = self.price(self.space.smallest), self.price(self.space.largest)
-        below = max((price for price in self.costs.values() if price < self.low), default=None)
-        above = min((price for price in self.costs.values() if price > self.high), default=None)
+        priced = {subnet: price for subnet, price in self.costs.items() if math.isfinite(price)}
+        if not priced:
+            return ValueError(
+                f"none of {len(self.costs)} networks has a cost in {budget.unit}: parts of each were not measured; "
+                "move the latency table away, and one is measured anew"
+            )
+        below = max((price for price in priced.values() if price < self.low), default=None)
+        above = min((price for price in priced.values() if price > self.high), default=None)
         nearest = " and ".join(f"{price:.6g}" for price in (below, above) if price is not None)
-        closest = min(self.costs, key=self.distance)
+        closest = min(priced, key=self.distance)
         return ValueError(
             f"no network of this space was found that costs between {self.low:.6g} and {budget}; the nearest costs are "
             f"{nearest}, the smallest network's is {smallest:.6g} and the largest's {largest:.6g}: give a budget that "

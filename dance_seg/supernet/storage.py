@@ -344,7 +344,11 @@ def open_journal(path: Path) -> "BaseStorage":
 
         def acquire(self) -> bool:
             held = super().acquire()
-            cut_torn_line(path)
+            try:
+                cut_torn_line(path)
+            except BaseException:  # whoever asked for the lock does not hold it yet, and so would not let go
+                self.release()
+                raise
             return held
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)

@@ -246,3 +246,11 @@ def test_what_an_optimiser_holds_goes_with_the_channels() -> None:
     order = [0, 3, 1, 2, 4]
     assert torch.equal(weight, before[:, order])
     assert torch.equal(optimizer.state[weight]["exp_avg"], held[:, order])
+
+
+def test_a_gradient_goes_with_the_channels() -> None:
+    weight = nn.Parameter(torch.tensor([1.0, 2.0, 3.0]))
+    weight.grad = torch.tensor([10.0, 20.0, 30.0])
+    reorder(weight, 0, torch.tensor([2, 0, 1]))
+    assert weight.tolist() == [3, 1, 2]
+    assert weight.grad.tolist() == [30, 10, 20]

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from dance_seg.errors import DataError
+from dance_seg.models.vit_resnas import VitResNas
 from dance_seg.supernet.latency_table import (
     Checked,
     check,
@@ -152,3 +153,14 @@ def test_torch_keeps_its_random_state():
     before = torch.get_rng_state()
     parts_of(given, SIZE)
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_attentions_of_other_heads_are_other_parts_though_their_weights_are_alike():
+    """4 heads of 8 and 2 of 16 take other times on the same tensors."""
+    model = VitResNas(3, "tiny")
+    largest = dict(model.space.largest.choices)
+    heads = {f"stage1.block{block}.heads": (2, 4) for block in (1, 2, 3, 4)}
+    few = model.space.subnet({**largest, **{name: two for name, (two, _) in heads.items()}, "stage1.head_dim": 16})
+    many = model.space.subnet({**largest, **{name: four for name, (_, four) in heads.items()}, "stage1.head_dim": 8})
+    one, other = (parts_of(model.extract(subnet), (64, 64), whole=model.measured_whole) for subnet in (few, many))
+    assert {part.partition("(")[0] for part in one.keys() ^ other.keys()} == {"Attention"}

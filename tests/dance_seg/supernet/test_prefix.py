@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dance_seg.supernet.elastic import activated
 from dance_seg.supernet.prefix import (
     ChannelDrop,
     DropPath,
@@ -265,5 +266,15 @@ def test_the_model_is_as_before_after_an_error() -> None:
 
     with pytest.raises(RuntimeError):
         fail()
+    assert model.masked == ()
+    assert model.active == SPACE.smallest
+
+
+def test_a_network_that_runs_alone_in_between_leaves_the_masks_as_they_were() -> None:
+    model = Recorder(SPACE.smallest)
+    with several_at_once(model, [SPACE.largest, SPACE.smallest]):
+        with activated(model, SPACE.smallest):
+            assert model.masked == ()
+        assert model.masked == (SPACE.largest, SPACE.smallest)
     assert model.masked == ()
     assert model.active == SPACE.smallest

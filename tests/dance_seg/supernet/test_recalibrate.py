@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dance_seg.early_exit.exits import ExitNetwork, every_exit
+from dance_seg.early_exit.exits import ExitNetwork, every_exit, recalibrate
 from dance_seg.models.multi_stage import MultiStageSupernet
-from dance_seg.supernet.recalibrate import recalibrate, recalibrated
+from dance_seg.supernet.recalibrate import recalibrated
 from dance_seg.supernet.space import Subnet
 
 

@@ -266,3 +266,8 @@ def test_kendall_tau_of_what_cannot_be_ranked():
     for wrong in (([1], [1]), ([1, 2], [1, 2, 3]), ([1, math.nan], [1, 2])):
         with pytest.raises(ValueError, match=r"equal length|finite numbers"):
             kendall_tau(*wrong)
+
+
+def test_where_no_network_has_a_cost_it_is_not_the_budget_that_is_blamed():
+    with pytest.raises(ValueError, match=r"none of \d+ networks has a cost in ms: parts of each were not measured"):
+        evolve(SPACE, lambda subnet: math.inf, score, Budget(10, "ms"), SMALL)

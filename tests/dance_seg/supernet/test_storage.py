@@ -360,3 +360,14 @@ def test_costs_that_change_between_processes_are_refused(tmp_path):
     interrupted_at(path, 8)  # in the second generation
     with pytest.raises(DataError, match="costs must depend on the network alone"):
         evolve(SPACE, lambda subnet: 635 - cost(subnet), score, BUDGET, SMALL, storage=path)
+
+
+def test_an_error_while_a_journal_is_mended_leaves_no_lock(tmp_path, monkeypatch):
+    def interrupted(path):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dance_seg.supernet.storage.cut_torn_line", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        evolve(SPACE, cost, score, BUDGET, SMALL, storage=tmp_path / "search.journal")
+    assert (tmp_path / "search.journal").exists()
+    assert not list(tmp_path.glob("*.lock"))
