@@ -87,6 +87,7 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[Tensor]) -> None:
     with (
         _restored_on_error(layers),
         _as_usual(layers),
+        local_batch_norm(model),
         _only_these_train(model, layers),
         _Moments(layers) as moments,
     ):
@@ -98,6 +99,35 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[Tensor]) -> None:
             raise ValueError("no images to re-estimate BatchNorm statistics from; give at least one batch")
         for layer in layers:
             moments.write(layer)
+
+
+class _LocalBatchNorm(_BatchNorm):
+    """BatchNorm of any number of dimensions."""
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        pass
+
+
+@contextmanager
+def local_batch_norm(model: nn.Module) -> Iterator[None]:
+    """SyncBatchNorm layers normalise by the images of their own rank, on any device, until the end of the block.
+
+    Theirs is a collective operation in training mode, which waits for ranks that have fewer batches, and refuses all
+    but GPUs while ranks are joined.
+
+    >>> layer = nn.SyncBatchNorm(2)
+    >>> with local_batch_norm(layer):
+    ...     layer(torch.zeros(1, 2, 3, 3)).shape
+    torch.Size([1, 2, 3, 3])
+    """
+    layers = [layer for layer in model.modules() if type(layer) is nn.SyncBatchNorm]
+    for layer in layers:
+        layer.__class__ = _LocalBatchNorm  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.__class__ = nn.SyncBatchNorm
 
 
 class _Moments:

@@ -3,7 +3,7 @@
 from typing import Any, TypeVar
 
 import torch.distributed
-from torch import Tensor
+from torch import Tensor, nn
 
 T = TypeVar("T")
 
@@ -24,6 +24,35 @@ def rank() -> int:
     0
     """
     return torch.distributed.get_rank() if _is_distributed() else 0
+
+
+def mean_over_ranks(rows: Tensor) -> Tensor:
+    """The mean over the first dimension, and over all ranks; every rank must call it, whatever its number of rows.
+
+    A gradient goes to this rank's own rows, times the number of ranks: averaged over ranks, as DDP does, it is that of
+    one process with all rows. Where nothing is computed (meta), the ranks are left alone.
+
+    >>> import torch
+    >>> mean_over_ranks(torch.tensor([[1.0, 2.0], [3.0, 6.0]]))
+    tensor([2., 4.])
+    """
+    if not _is_distributed() or rows.is_meta:
+        return rows.mean(0)
+    own = rows.sum(0)
+    count = sum_over_ranks(torch.tensor(float(len(rows)), device=rows.device))
+    scaled = num_ranks() * own
+    return (sum_over_ranks(own) + scaled - scaled.detach()) / count
+
+
+def share_buffers(model: nn.Module) -> None:
+    """Give every rank the buffers of rank 0, such as BatchNorm's running statistics, taken of the rank's own images.
+
+    DDP does so before a step in training and not after it, so what is judged or cut then would differ by rank, and from
+    what is saved. Every rank must call it.
+    """
+    if _is_distributed():
+        for buffer in model.buffers():
+            torch.distributed.broadcast(buffer, 0)
 
 
 def sum_over_ranks(tensor: Tensor) -> Tensor:

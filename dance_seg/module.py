@@ -214,10 +214,14 @@ class SegmentationModule(LightningModule):
             optimizers=[optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer),  # type: ignore[arg-type]
             followers=[self.average.model] if self.average is not None else [],
             seed=seed,
-            passes=(lambda: self._backward_passes(labelled())) if labelled is not None else None,
+            passes=self.passes(labelled) if labelled is not None else None,
         )
         self.model.zero_grad()
         self.sparsity = 0.0
+
+    def passes(self, labelled: Callable[[], Iterable[tuple[Tensor, Tensor]]]) -> Callable[[], Iterator[None]]:
+        """What leaves the gradients of one labelled batch after another, as often as it is called."""
+        return lambda: self._backward_passes(labelled())
 
     def _backward_passes(self, labelled: Iterable[tuple[Tensor, Tensor]]) -> Iterator[None]:
         """Leave the gradients of one batch's loss after another, in evaluation mode: statistics stay as they are."""

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 RANKS = {
     "sample": 0, "part": 0, "randomness": 0, "errors": 0, "machine": 0, "signals": 0, "heartbeat": 1, "ddp": 1,
     "distributed": 0, "normalise": 0, "plain_data": 0.5, "allocation": 0,
-    "data_slimming": 1, "losses": 1, "batch_norm": 1, "metrics": 1, "evaluator": 1, "cost": 1, "options": 1,
+    "data_slimming": 1, "losses": 1, "batch_norm": 0.5, "metrics": 1, "evaluator": 1, "cost": 1, "options": 1,
     "early_exit": 1.5, "supernet": 1.7,
     "boundary": 2, "consistency": 2, "inference": 2,
     "models": 2, "network_slimming": 2,

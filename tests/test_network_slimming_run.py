@@ -11,6 +11,7 @@ from dance_seg.cost.macs import count_macs, count_training_macs
 from dance_seg.errors import CheckpointError
 from dance_seg.inference import evaluate
 from dance_seg.losses import per_sample_loss
+from dance_seg.module import SegmentationModule
 from dance_seg.report.run_page import write_report
 from dance_seg.tracking import read_metrics
 from datamodules import build_datamodule
@@ -79,16 +80,31 @@ def test_the_penalty_ends_with_the_last_cut_and_is_no_part_of_the_logged_loss(tm
     assert max(losses) < 20
 
 
-def test_masks_that_settle_or_the_end_of_the_window_cut_once(tmp_path):
-    recipe = tiny(
-        *CUTS, "network_slimming.schedule=mask_distance", "trainer.validate_every=5", cache=tmp_path / "cache"
+@pytest.mark.parametrize("importance", ["bn_scale", "taylor"])
+def test_masks_that_settle_or_the_end_of_the_window_cut_once(importance, tmp_path, monkeypatch):
+    passed = []
+    passes = SegmentationModule._backward_passes
+    monkeypatch.setattr(
+        SegmentationModule, "_backward_passes", lambda self, labelled: passes(self, counted(passed, labelled))
     )
+    recipe = tiny(
+        *CUTS, "network_slimming.schedule=mask_distance", "trainer.validate_every=5",
+        f"network_slimming.importance={importance}", cache=tmp_path / "cache",
+    )  # fmt: skip
     folder = train(recipe, build_datamodule(recipe), tmp_path / "run")
     (cut,) = cuts_of(folder)
     assert cut["epoch"] == 3  # five masks cannot settle before the window ends at 0.6 of 5 epochs
     assert 0.45 < cut["macs"] <= 0.5
     checkpoint = load_checkpoint(next((folder / "checkpoints").glob("step-*.ckpt")))
     assert len(checkpoint["callbacks"]["NetworkCuts"]["masks"]) == 3  # of the epochs in the window before the cut
+    assert len(passed) == (4 * 4 if importance == "taylor" else 0)  # four images for each mask, and for the cut
+
+
+def counted(seen, batches):
+    """The same batches, each put on a list."""
+    for batch in batches:
+        seen.append(batch)
+        yield batch
 
 
 def test_taylor_scores_on_labelled_images_and_charges_them(tmp_path):

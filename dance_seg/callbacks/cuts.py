@@ -12,9 +12,10 @@ from pytorch_lightning import Callback, Trainer
 from pytorch_lightning.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
-from dance_seg.batch_norm import reestimate_batch_norm
 from dance_seg.callbacks.ledger import CostLedger
 from dance_seg.cost.macs import count_macs
+from dance_seg.distributed import share_buffers
+from dance_seg.early_exit.exits import recalibrate
 from dance_seg.machine import write_text
 from dance_seg.module import write_figures
 from dance_seg.network_slimming.importance import channels_to_keep
@@ -103,12 +104,20 @@ class NetworkCuts(Callback):
         progress = (trainer.current_epoch + 1) / self.epochs
         if self.options.schedule != "mask_distance" or self.cut_in or progress < self.options.start:
             return
-        scores = channel_scores(pl_module.model, self.groups, self.options, self.input_size, self.seed)
+        began = time.perf_counter()
+        share_buffers(pl_module.model)
+        passes = pl_module.passes(self._charged_labelled) if self.options.importance == "taylor" else None
+        scores = channel_scores(pl_module.model, self.groups, self.options, self.input_size, self.seed, passes)
+        pl_module.model.zero_grad()
         kept = channels_to_keep(self.groups.groups, scores, self.options.keep, scope=self.options.scope, round_to=1)
         mask = np.concatenate(
             [np.isin(np.arange(group.channels), stay) for group, stay in zip(self.groups, kept, strict=True)]
         )
         self.settled = self.masks.settled(mask)
+        self.ledger.charge_seconds("cuts", time.perf_counter() - began)
+
+    def _charged_labelled(self) -> Iterable[tuple[Tensor, Tensor]]:
+        return self.ledger.charged("cuts", self.labelled(), backward=True)
 
     def _prepare(self, pl_module: Any) -> None:
         """Find what can be cut next; the penalty prepares those channels, and ends with the last cut."""
@@ -118,21 +127,18 @@ class NetworkCuts(Callback):
 
     def _cut(self, trainer: Trainer, pl_module: Any, share: float) -> None:
         began = time.perf_counter()
-
-        def labelled() -> Iterable[tuple[Tensor, Tensor]]:
-            return self.ledger.charged("cuts", self.labelled(), backward=True)
-
+        share_buffers(pl_module.model)  # scores may depend on them, and all ranks must cut alike
         pl_module.slim(
             self.options,
             share=share,
             input_size=self.input_size,
             full=self.full,
             seed=self.seed + trainer.current_epoch,
-            labelled=labelled if self.options.importance == "taylor" else None,
+            labelled=self._charged_labelled if self.options.importance == "taylor" else None,
         )
         self.ledger.renew(pl_module.model)
         images = self.ledger.charged("cuts", self.images())
-        reestimate_batch_norm(pl_module.model, (batch.to(pl_module.device) for batch in images))
+        recalibrate(pl_module.model, (batch.to(pl_module.device) for batch in images))
         renew = getattr(trainer.strategy, "renew", None)
         if renew is not None:
             renew()

@@ -30,6 +30,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dance_seg.batch_norm import local_batch_norm
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -120,7 +122,7 @@ def count_training_macs(
 def forward_and_backward(model: nn.Module, images: Tensor, counter: "OperationCounter") -> None:
     """What a training step asks of the network, from the images to the gradients of all outputs."""
     model.train()
-    with torch.enable_grad(), counter:
+    with torch.enable_grad(), local_batch_norm(model), counter:
         outputs = [output for output in collect(model(images)) if output.requires_grad]
         counter.phase = "backward"
         if outputs:

@@ -33,6 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dance_seg.distributed import mean_over_ranks
 from dance_seg.early_exit.exits import ExitNetwork, Outputs, State, full_size
 from dance_seg.early_exit.heads import ExitHead
 from dance_seg.models.basis_layers import Synthesis, handed, of_last_stages, to_basis_layers
@@ -331,12 +332,13 @@ class Mixer(nn.Module):
 def variation(coefficients: Tensor) -> Tensor:
     """The squared coefficient of variation of the batch's mean coefficients (B, L, N), averaged over layers.
 
-    0 where all bases are used alike, N - 1 where one is used alone. Images of a batch may use different ones.
+    The batch is that of all ranks, which all must call it. 0 where all bases are used alike, N - 1 where one is used
+    alone. Images of a batch may use different ones.
 
     >>> variation(torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]])).item(), variation(torch.tensor([[[1.0, 0.0]]])).item()
     (0.0, 1.0)
     """
-    used = coefficients.mean(0)  # (L, N)
+    used = mean_over_ranks(coefficients)  # (L, N)
     return (used.var(-1, unbiased=False) / used.mean(-1).square()).mean()
 
 

@@ -8,6 +8,7 @@ import sys
 import time
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,10 +18,15 @@ import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from dance_seg.batch_norm import reestimate_batch_norm
+from dance_seg.callbacks import ReestimatedStatistics
 from dance_seg.checkpoint import newest_valid
+from dance_seg.cost.macs import count_training_macs
+from dance_seg.distributed import sum_over_ranks
 from dance_seg.early_exit.exits import Outputs
 from dance_seg.losses import per_sample_cross_entropy, weighted_mean
 from dance_seg.metrics import ConfusionMatrix
+from dance_seg.models.basisnet import variation
 from dance_seg.models.multi_stage import MultiStageSupernet
 from dance_seg.models.vit_resnas import VitResNas
 from dance_seg.network_slimming import NetworkSlimming, slim
@@ -291,3 +297,68 @@ def test_a_run_on_two_ranks_killed_after_a_cut_ends_with_the_weights_of_an_undis
     assert undisturbed["callbacks"]["NetworkCuts"]["cut_in"] == [1, 3]
     for name, tensor in undisturbed["state_dict"].items():
         assert torch.equal(tensor, resumed["state_dict"][name]), name
+
+
+def _counts_and_statistics_of_a_rank(rank, ranks, folder):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1))
+    synchronised = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model))
+    batches = [torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(10 * rank + k)) for k in range(2 - rank)]
+    found = []
+    for each in (model, synchronised):
+        reestimate_batch_norm(each, batches)
+        found.append((count_training_macs(each, (4, 4)).macs, each[1].running_mean, each[1].running_var))
+    assert type(synchronised[1]) is nn.SyncBatchNorm
+    torch.save((found, batches), folder / f"statistics-{rank}.pt")
+
+
+def test_synchronised_norms_are_counted_and_re_estimated_with_unequal_numbers_of_batches(tmp_path):
+    """In training mode a SyncBatchNorm waits for all ranks at every batch, and refuses what is not on a GPU."""
+    on_ranks(_counts_and_statistics_of_a_rank, 2, tmp_path)
+    (first, batches), (second, others) = (torch.load(tmp_path / f"statistics-{rank}.pt") for rank in range(2))
+    assert (len(batches), len(others)) == (2, 1)
+    for (macs, mean, variance), (macs_too, mean_too, variance_too) in zip(first, second, strict=True):
+        assert macs == macs_too == first[0][0] > 0
+        torch.testing.assert_close(mean, first[0][1])
+        torch.testing.assert_close(variance, first[0][2])
+        assert torch.equal(mean, mean_too)
+        assert torch.equal(variance, variance_too)
+
+
+def _validates_on_a_rank(rank, ranks, folder):
+    model = nn.Sequential(nn.BatchNorm2d(3))
+    model.train()(torch.full((1, 3, 2, 2), float(rank)) + torch.rand(1, 3, 2, 2))
+    module = SimpleNamespace(model=model, evaluated_model=model)
+    trainer = SimpleNamespace(sanity_checking=False, training=True, current_epoch=0)
+    ReestimatedStatistics(lambda: pytest.fail("not due"), lambda epoch: False, None).on_validation_start(
+        trainer, module
+    )
+    torch.save(dict(model.named_buffers()), folder / f"buffers-{rank}.pt")
+
+
+def test_all_ranks_validate_with_the_statistics_of_the_first_which_are_those_that_are_saved(tmp_path):
+    on_ranks(_validates_on_a_rank, 2, tmp_path)
+    first, second = (torch.load(tmp_path / f"buffers-{rank}.pt") for rank in range(2))
+    assert 0 < first["0.running_mean"].max() <= 0.1  # a tenth of images from 0 to 1, not of those from 1 to 2
+    for name, buffer in first.items():
+        assert torch.equal(buffer, second[name])
+
+
+def _load_balance_of_a_rank(rank, ranks, folder):
+    mixing = torch.randn(3, 2, 4, generator=torch.Generator().manual_seed(0)).softmax(-1).requires_grad_()
+    mine = mixing[: 3 - rank] if ranks == 1 else (mixing[:2] if rank == 0 else mixing[2:])
+    value = variation(mine)
+    value.backward()
+    gradient = sum_over_ranks(mixing.grad) / ranks  # DDP's mean
+    torch.save((value.detach(), gradient), folder / f"balance-{ranks}-{rank}.pt")
+
+
+def test_bases_are_balanced_over_the_images_of_all_ranks(tmp_path):
+    for ranks in (1, 2):
+        on_ranks(_load_balance_of_a_rank, ranks, tmp_path)
+    value, gradient = torch.load(tmp_path / "balance-1-0.pt")
+    assert value > 0
+    for rank in range(2):
+        found, mean_gradient = torch.load(tmp_path / f"balance-2-{rank}.pt")
+        torch.testing.assert_close(found, value)
+        torch.testing.assert_close(mean_gradient, gradient)
