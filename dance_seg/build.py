@@ -1,5 +1,6 @@
 """From a recipe to objects, and the phases of a run: prepare, train or go on, write what it came to."""
 
+import hashlib
 import json
 import time
 from collections.abc import Sequence
@@ -44,9 +45,10 @@ from dance_seg.models import MODELS
 from dance_seg.module import SegmentationModule
 from dance_seg.network_slimming.slim import check_reachable
 from dance_seg.network_slimming.structure import restructure
+from dance_seg.options import first_to_choose
 from dance_seg.part import Part, build_part
 from dance_seg.recipe import Recipe, load_recipe, recipe_from_record, recipe_record, save_recipe, with_execution
-from dance_seg.run_folder import is_main, note, notes, open_folder, run_id
+from dance_seg.run_folder import is_main, note, notes, open_folder, run_id, written_by_this_process
 from dance_seg.signals import signals_as_before
 from dance_seg.supernet.elastic import ElasticBatchNorm2d
 from dance_seg.tracking import GuardedWandbLogger, JsonlLogger, guarded_wandb_logger
@@ -154,7 +156,7 @@ def build_trainer(recipe: Recipe, datamodule: "SegmentationDataModule", folder: 
     mirror = tracker_of(recipe, folder)
 
     def may_choose(epoch: int) -> bool:
-        return (epoch + 1) / options.max_epochs >= options.choose_from - 1e-9
+        return epoch >= first_to_choose(options.max_epochs, options.validate_every, options.choose_from)
 
     ledger = CostLedger(folder)
     slimming = recipe.network_slimming
@@ -197,13 +199,14 @@ def build_trainer(recipe: Recipe, datamodule: "SegmentationDataModule", folder: 
         callbacks=[
             Moves(heartbeat),
             ExactResume(recipe.seed),
+            # Part of what training costs: before those that stop counting when validation starts.
+            ReestimatedStatistics(datamodule.statistics_batches, may_choose, ledger),
             TrainingEnergy(ledger),
             ledger,
             *([cuts] if cuts else []),
             FiniteSteps(options.bad_steps, folder),
             PlanInLog(mirror),
             ImageLosses(folder),
-            ReestimatedStatistics(datamodule.statistics_batches, may_choose, ledger),
             Pictures(folder / "pictures", datamodule.label_table.palette, mirror),
             checkpoints,
             StopOnSignal(checkpoints),
@@ -218,19 +221,49 @@ def checkpoint_record(recipe: Recipe, datamodule: "SegmentationDataModule") -> d
     return {
         "recipe": recipe_record(recipe),
         "labels": datamodule.label_table.as_record(),
+        "training_images": _images_record(datamodule),
         # The training images' complexity in ascending order: the quantile of any other image is looked up in it.
         "complexity": sorted(float(value) for value in datamodule.table.values) if slimming else None,
     }
 
 
+def _images_record(datamodule: "SegmentationDataModule") -> dict[str, Any]:
+    """By what the training images are known again, wherever they lie."""
+    names = datamodule.source("train").names
+    return {"number": len(names), "names": hashlib.sha256("\n".join(names).encode()).hexdigest()}
+
+
+def _refuse_other_images(checkpoint: dict[str, Any], datamodule: "SegmentationDataModule", folder: Path) -> None:
+    """Raise ValueError when a run would go on with other training images: its place in the plan is one in theirs."""
+    kept = checkpoint["dance_seg"]
+    then, now = kept.get("training_images"), _images_record(datamodule)
+    if then is not None and then != now:
+        raise ValueError(
+            f"{folder} began with other training images: {then['number']} then, {now['number']} now, with other names; "
+            "bring those back, or train anew under another name="
+        )
+    if kept.get("complexity") and datamodule.data_slimming is not None:
+        values = np.sort(datamodule.table.values)
+        if len(values) != len(kept["complexity"]) or not np.allclose(values, kept["complexity"], rtol=1e-6, atol=1e-9):
+            raise ValueError(
+                f"{folder} began with other training images: these have the same names and another complexity; bring "
+                "those back, or train anew under another name="
+            )
+
+
 def train(recipe: Recipe, datamodule: "SegmentationDataModule", folder: Path) -> Path:
     """Train a recipe into a run folder, going on where an interrupted run was; returns the folder.
 
-    Raises ValueError when the folder holds a run of another recipe.
+    Raises ValueError when the folder holds a run of another recipe or of other training images, and when another
+    process writes into it.
     """
-    main = is_main()
-    if main:
-        recipe = open_folder(recipe, folder)
+    if not is_main():
+        return _train(recipe, datamodule, folder, main=False)
+    with written_by_this_process(folder):
+        return _train(open_folder(recipe, folder), datamodule, folder, main=True)
+
+
+def _train(recipe: Recipe, datamodule: "SegmentationDataModule", folder: Path, *, main: bool) -> Path:
     use_threads(recipe.trainer.threads)
     # With deterministic kernels torch fills all new memory, so that who reads it unwritten is found: 6 % of a step.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
@@ -251,6 +284,8 @@ def train(recipe: Recipe, datamodule: "SegmentationDataModule", folder: Path) ->
     found = newest_valid(folder / "checkpoints", "step-*.ckpt")
     if found is None and recipe.start_from is not None:
         rank_zero_info(take_weights(model, recipe.start_from))
+    if found is not None:
+        _refuse_other_images(found[1], datamodule, folder)
     if found is not None and "structure" in found[1]:
         restructure(model, found[1]["structure"], at=f"{found[0]}: structure")
     module = build_module(recipe, model, datamodule)
@@ -271,6 +306,8 @@ def train(recipe: Recipe, datamodule: "SegmentationDataModule", folder: Path) ->
         if main:
             JsonlLogger(folder).mark_resumed(checkpoint["global_step"])
         del checkpoint
+    elif main and (folder / "metrics.jsonl").is_file():
+        JsonlLogger(folder).mark_resumed(0)  # from its beginning: no checkpoint was whole
     try:
         with heartbeat:
             fit(trainer, module, datamodule, found[0] if found else None, heartbeat)

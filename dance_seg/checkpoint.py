@@ -112,8 +112,11 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def forget_older(folder: Path) -> None:
-    """Let go of all but the two newest checkpoints of a run, so that one is whole whatever happens to the other."""
-    for old in sorted(folder.glob("step-*.ckpt"))[:-2]:
+    """Let go of all but the two checkpoints of a run that were written last; if one is damaged the other is whole.
+
+    Not those of most steps: where these are damaged and training began anew, what it writes has fewer steps.
+    """
+    for old in sorted(folder.glob("step-*.ckpt"), key=lambda path: (path.stat().st_mtime_ns, path.name))[:-2]:
         old.unlink(missing_ok=True)
 
 

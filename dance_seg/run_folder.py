@@ -2,7 +2,10 @@
 
 import json
 import os
+import platform
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +33,17 @@ FREE_KEYS = (
 )
 
 
+LOCK_SECONDS = 10.0
+"""How long another process may still write into the folder."""
+
+
 def open_folder(recipe: Recipe, folder: Path) -> Recipe:
     """Make the run folder, or check that the run in it is this one; returns the recipe with what that run has chosen.
 
+    Within `written_by_this_process`, since what a killed process left half written is thrown away.
     A recipe whose execution is still to be measured is not written yet.
     """
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-    check_writable(folder)
     clean_temporary(folder / "checkpoints")
     there = folder / "recipe.yaml"
     if there.is_file():
@@ -52,6 +59,44 @@ def open_folder(recipe: Recipe, folder: Path) -> Recipe:
     if there.is_file() or recipe.trainer.execution != "auto":
         save_recipe(recipe, there)
     return recipe
+
+
+@contextmanager
+def written_by_this_process(folder: Path) -> Iterator[None]:
+    """Keep other processes from writing into a run folder until the end of the block, or of this process.
+
+    One that is about to end, as when a job was queued again, has a few seconds for it. Raises ValueError, naming the
+    other, when it goes on, and CheckpointError when the folder cannot be written. Where the file system has no locks
+    there is none.
+    """
+    check_writable(folder)
+    with open(folder / ".lock", "a+") as file:
+        until = time.monotonic() + LOCK_SECONDS
+        while not _locked(file.fileno()):
+            if time.monotonic() > until:
+                file.seek(0)
+                raise ValueError(
+                    f"{folder} is being written by another process ({file.read().strip() or 'unknown'}); wait for it, "
+                    "end it, or give another name=..."
+                )
+            time.sleep(0.2)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}")
+        file.flush()
+        yield
+
+
+def _locked(descriptor: int) -> bool:
+    """Whether this process has the lock now; unlike one of `flock`, processes forked from it do not keep it."""
+    try:
+        import fcntl
+
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    except (OSError, ImportError):  # a file system, or a system, without locks
+        return True
+    return True
 
 
 def run_id(folder: Path) -> str:

@@ -36,7 +36,7 @@ from dance_seg.metrics_file import MetricsFile
 from dance_seg.normalise import downsampled_size
 from dance_seg.randomness import Stream, seed_torch
 from dance_seg.recipe import Recipe, recipe_record
-from dance_seg.run_folder import note, notes, open_folder, run_id
+from dance_seg.run_folder import note, notes, open_folder, run_id, written_by_this_process
 from dance_seg.sample import Frame
 from dance_seg.signals import NotedSignals, StoppedBySignal
 from dance_seg.stream_pictures import Film, SampleFrames
@@ -77,9 +77,9 @@ def follow_stream(
     call after so many frames, with the state saved. With a `pace` teacher and updates run beside inference, and frames
     that come too fast are dropped. SIGINT, SIGTERM and SIGUSR1 end it after the frame at hand, with the state saved.
 
-    Raises StoppedBySignal then; ValueError when the folder holds a run of another recipe, when classes of teacher,
-    student and video differ; what the source and the teacher raise where they are told to stop, after the state was
-    saved.
+    Raises StoppedBySignal then; ValueError when the folder holds a run of another recipe, when another process writes
+    into it, and when classes of teacher, student and video differ; what the source and the teacher raise where they are
+    told to stop, after the state was saved.
     """
     options = recipe.distillation
     if options is None:
@@ -88,14 +88,15 @@ def follow_stream(
         teacher = build_teacher(recipe, source)
     if source.classes:
         check_classes(teacher.classes, source.classes)
-    recipe = open_folder(recipe, folder)
-    use_threads(recipe.trainer.threads)
-    if notes(folder).get("finished"):
-        say(f"{folder} is finished; give another name= to follow anew")
-        return folder
-    student, student_recipe, structure = build_student(recipe, teacher.classes)
     broken: list[Exception] = []  # what frames could not be had by
     with ExitStack() as opened:  # closed in the reverse order, each also where closing another fails
+        opened.enter_context(written_by_this_process(folder))
+        recipe = open_folder(recipe, folder)
+        use_threads(recipe.trainer.threads)
+        if notes(folder).get("finished"):
+            say(f"{folder} is finished; give another name= to follow anew")
+            return folder
+        student, student_recipe, structure = build_student(recipe, teacher.classes)
         run = StreamRunFiles(folder, recipe, student_recipe, structure, source, teacher, student)
         opened.callback(run.close)
         start = run.resume()

@@ -1,11 +1,13 @@
 """Resuming is exact: k + k steps equal 2k steps bit for bit, wherever the run was broken off."""
 
+import multiprocessing
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ import torch
 from dance_seg.build import train
 from dance_seg.checkpoint import load_checkpoint, newest_valid
 from dance_seg.recipe import save_recipe
+from dance_seg.run_folder import written_by_this_process
 from datamodules import build_datamodule
 from tests.tiny import tiny
 
@@ -209,3 +212,45 @@ def test_a_run_killed_at_a_random_moment_and_started_again_ends_with_the_same_we
     assert process.wait(timeout=30) == -signal.SIGKILL
     subprocess.run(command, env=environment, check=True, timeout=240, capture_output=True)
     assert_same(final(folder), final(tmp_path / "runs" / "tiny"))
+
+
+def test_a_run_does_not_go_on_with_other_images(undisturbed, tmp_path, monkeypatch):
+    recipe, _, kept = undisturbed
+    (tmp_path / "checkpoints").mkdir()
+    shutil.copy(kept[1], tmp_path / "checkpoints")
+    save_recipe(recipe, tmp_path / "recipe.yaml")
+    changed = build_datamodule(recipe)
+    monkeypatch.setitem(changed.__dict__, "table", replace(changed.table, values=changed.table.values + 1.0))
+    with pytest.raises(ValueError, match="the same names and another complexity"):
+        train(recipe, changed, tmp_path)
+    datamodule = build_datamodule(recipe)
+    source = datamodule.source("train")
+    monkeypatch.setattr(source, "names", tuple(f"other {name}" for name in source.names))
+    with pytest.raises(ValueError, match="began with other training images: 22 then, 22 now, with other names"):
+        train(recipe, datamodule, tmp_path)
+
+
+def _writes(folder, started, go_on):
+    with written_by_this_process(folder):
+        started.set()
+        go_on.wait(60)
+
+
+def test_two_processes_do_not_write_into_one_run(undisturbed, tmp_path, monkeypatch):
+    """The second would throw away what the first is writing."""
+    recipe, _, _ = undisturbed
+    monkeypatch.setattr("dance_seg.run_folder.LOCK_SECONDS", 0.1)
+    context = multiprocessing.get_context("fork")
+    started, go_on = context.Event(), context.Event()
+    other = context.Process(target=_writes, args=(tmp_path, started, go_on))
+    other.start()
+    try:
+        assert started.wait(60)
+        with pytest.raises(ValueError, match=rf"written by another process \(process {other.pid} on .*name="):
+            run(recipe, tmp_path)
+        assert not (tmp_path / "checkpoints").exists()
+    finally:
+        other.kill()
+        other.join(60)
+    with written_by_this_process(tmp_path):  # a process that was killed holds nothing
+        pass

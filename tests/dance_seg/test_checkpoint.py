@@ -28,6 +28,7 @@ from dance_seg import checkpoint
 from dance_seg.checkpoint import (
     check_writable,
     clean_temporary,
+    forget_older,
     load_checkpoint,
     newest_valid,
     save_checkpoint,
@@ -413,3 +414,13 @@ def test_a_folder_without_a_whole_checkpoint_has_no_newest(tmp_path: Path) -> No
     (tmp_path / "a.ckpt").write_bytes(b"PK\x03\x04")
     with pytest.warns(UserWarning, match=r"a\.ckpt: has no digest"):
         assert newest_valid(tmp_path) is None
+
+
+def test_the_two_that_were_written_last_are_kept_whatever_their_steps(tmp_path: Path) -> None:
+    """Training that began anew, since those of most steps were damaged, must not lose what it writes."""
+    for order, step in enumerate((900, 1000, 50, 100)):
+        path = tmp_path / f"step-{step:08d}.ckpt"
+        path.write_bytes(b"")
+        os.utime(path, ns=(order, order))
+    forget_older(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000050.ckpt", "step-00000100.ckpt"]
