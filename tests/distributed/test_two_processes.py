@@ -252,6 +252,7 @@ def test_ranks_with_other_numbers_of_passes_cut_the_channels_that_one_process_wo
         assert torch.load(tmp_path / f"passes-2-{rank}.pt") == alone
 
 
+@pytest.mark.slow  # killed runs, ranks and cuts each have their quick tests
 def test_a_run_on_two_ranks_killed_after_a_cut_ends_with_the_weights_of_an_undisturbed_one(tmp_path):
     cuts = ("network_slimming.start=0.2", "network_slimming.end=0.6", "network_slimming.cuts=2")
     often = ("trainer.devices=2", "trainer.save_every_minutes=0", "trainer.max_epochs=4")
