@@ -78,7 +78,7 @@ bench-%: setup  ## measure a benchmark: pipeline, complexity, evaluator, epoch, 
 	$(RUN) -m tools.bench.$* $(ARGS)
 
 four-rows: setup  ## dense, data, network, both and their controls on CamVid: ROOT=DIR ARGS="--seeds 0 1 key=value ..." (hours)
-	$(RUN) -m tools.bench.four_rows $(if $(ROOT),--root $(ROOT)) $(ARGS)
+	$(RUN) -m tools.bench.four_rows $(if $(ROOT),--root '$(ROOT)') $(ARGS)
 
 clean:  ## remove what tests and tools cached here; runs/ stays
 	rm -rf .pytest_cache .mypy_cache .ruff_cache build *.egg-info

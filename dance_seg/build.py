@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +46,7 @@ from dance_seg.models import MODELS
 from dance_seg.module import SegmentationModule
 from dance_seg.network_slimming.slim import check_reachable
 from dance_seg.network_slimming.structure import restructure
-from dance_seg.options import first_to_choose
+from dance_seg.options import Training, first_to_choose
 from dance_seg.part import Part, build_part
 from dance_seg.recipe import Recipe, load_recipe, recipe_from_record, recipe_record, save_recipe, with_execution
 from dance_seg.run_folder import is_main, note, notes, open_folder, run_id, written_by_this_process
@@ -227,6 +228,23 @@ def checkpoint_record(recipe: Recipe, datamodule: "SegmentationDataModule") -> d
     }
 
 
+def check_devices(options: Training) -> None:
+    """Raise ValueError when training asks for devices that torch does not find here."""
+    asked, gpus = options.accelerator, torch.cuda.device_count()
+    mps = torch.backends.mps.is_available()
+    there = {"cpu": True, "gpu": gpus > 0 or mps, "mps": mps, "tpu": find_spec("torch_xla") is not None}
+    if not there.get(asked, True):
+        raise ValueError(
+            f"trainer.accelerator is {asked} and torch {torch.__version__} finds none here; set it to cpu or auto, or "
+            "install torch for your device and its driver"
+        )
+    if asked in ("gpu", "auto") and 0 < gpus < options.devices:
+        raise ValueError(
+            f"trainer.devices is {options.devices} and torch finds {gpus} GPU{'s' if gpus > 1 else ''} here; set it to "
+            f"{gpus}, or trainer.accelerator=cpu"
+        )
+
+
 def _images_record(datamodule: "SegmentationDataModule") -> dict[str, Any]:
     """By what the training images are known again, wherever they lie."""
     names = datamodule.source("train").names
@@ -257,6 +275,7 @@ def train(recipe: Recipe, datamodule: "SegmentationDataModule", folder: Path) ->
     Raises ValueError when the folder holds a run of another recipe or of other training images, and when another
     process writes into it.
     """
+    check_devices(recipe.trainer)
     if not is_main():
         return _train(recipe, datamodule, folder, main=False)
     with written_by_this_process(folder):
@@ -444,8 +463,10 @@ def model_of_record(
 def load_run(folder: Path, choice: str = "best") -> tuple[nn.Module, dict[str, Any], Path]:
     """The network, the record and the path of a run's `best`, `last` or named checkpoint."""
     if not folder.is_dir():
-        known = sorted(str(p.parent) for p in Path("runs").glob("*/recipe.yaml"))
+        known = sorted({str(p.parent.parent) for p in Path("runs").glob("*/checkpoints/*.ckpt")})
         raise ValueError(f"{folder}: no such run; there are: {', '.join(known) or 'none yet, train one first'}")
+    if choice in ("best", "last") and not (folder / "recipe.yaml").is_file():
+        raise ValueError(f"{folder} is not the folder of a run: there is no recipe.yaml in it")
     path, _ = checkpoint_of(folder / "checkpoints", choice)
     model, record = load_model(path)
     return model, record, path

@@ -244,7 +244,9 @@ def _read_comment(file: IO[bytes], path: Path) -> tuple[int, str, int]:
     reason = (
         "has no digest at its end: it is cut short, or another program wrote it" if is_archive else "is no checkpoint"
     )
-    raise CheckpointError(f"{path}: {reason} ({size} bytes)")
+    others = sorted(other.name for other in path.parent.glob("*.ckpt") if other != path)
+    hint = f"; beside it there are {', '.join(others[:4])}" if others else ""
+    raise CheckpointError(f"{path}: {reason} ({size} bytes){hint}")
 
 
 def _recorded_step(path: Path) -> int:

@@ -66,6 +66,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     path = Path(path)
     if "\0" in str(path) or not path.is_file():
+        if "\0" not in str(path) and (path / "recipe.yaml").is_file():
+            raise RecipeError(f"{path} is the folder of a run; its recipe is {path / 'recipe.yaml'}")
         there = "\0" not in str(path) and path.parent.is_dir()
         near = sorted(other.name for other in path.parent.glob("*.yaml")) if there else []
         close = get_close_matches(path.name, near, n=1)

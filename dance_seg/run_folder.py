@@ -41,12 +41,14 @@ def open_folder(recipe: Recipe, folder: Path) -> Recipe:
     """Make the run folder, or check that the run in it is this one; returns the recipe with what that run has chosen.
 
     Within `written_by_this_process`, since what a killed process left half written is thrown away.
-    A recipe whose execution is still to be measured is not written yet.
+    A recipe whose execution is still to be measured is not written yet. Where nothing was trained, since the command
+    had a mistake, say, the folder is nobody's yet.
     """
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     clean_temporary(folder / "checkpoints")
     there = folder / "recipe.yaml"
-    if there.is_file():
+    trained = any((folder / "checkpoints").glob("*.ckpt")) or (folder / "metrics.jsonl").is_file()
+    if there.is_file() and trained:
         earlier = load_recipe(there)
         if recipe.trainer.execution == earlier.trainer.execution == "auto":
             recipe = with_execution(recipe, earlier.trainer)
@@ -54,9 +56,9 @@ def open_folder(recipe: Recipe, folder: Path) -> Recipe:
         if differing:
             raise ValueError(
                 f"{folder} holds a run of another recipe (there / here: {'; '.join(differing[:5])}); choose another "
-                f"name=..., or move {folder} away"
+                f"name=..., to train on from its weights with start_from={folder}, or move {folder} away"
             )
-    if there.is_file() or recipe.trainer.execution != "auto":
+    if trained or recipe.trainer.execution != "auto":
         save_recipe(recipe, there)
     return recipe
 

@@ -14,6 +14,10 @@ def build_datamodule(recipe: "Recipe") -> "SegmentationDataModule":
 
     Raises ValueError for a name or an argument that does not exist.
     """
+    if recipe.data.name.startswith("video_"):
+        raise ValueError(
+            f"data.name is {recipe.data.name}, a video, which a student follows: python -m tools.distill_video RECIPE"
+        )
     from datamodules.files import ADE20KDataModule, CamVidDataModule, CityscapesDataModule, FolderDataModule
     from datamodules.shapes import ShapesDataModule
 

@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -20,7 +20,7 @@ from dance_seg.data_slimming.complexity import quantiles
 from dance_seg.data_slimming.plan import DataSlimming, rare_images, scaled_size
 from dance_seg.normalise import normalise
 from dance_seg.randomness import Stream, generator
-from dance_seg.sample import Batch, Sample
+from dance_seg.sample import IGNORE, Batch, Sample
 from datamodules.complexity_table import ComplexityTable, complexity_table
 from datamodules.decoded_cache import open_cache
 from datamodules.image_files import MAX_PIXELS
@@ -96,6 +96,8 @@ class SegmentationDataModule(LightningDataModule):
             raise ValueError(f"data.args.bad_files is {bad_files!r}; choose error or quarantine")
         self.bad_files, self.bad_files_cap = bad_files, _number(bad_files_cap, "data.args.bad_files_cap", 0, 1)
         self.cache_gb = _number(cache_gb, "data.args.cache_gb", 0, 1e6)
+        if cache_dir is not None and not isinstance(cache_dir, str | Path):
+            raise ValueError(f"data.args.cache_dir is {cache_dir!r}; name a folder, or null for the default")
         default = os.environ.get("DANCE_SEG_CACHE") or Path.home() / ".cache" / "dance_seg"
         self.cache_folder = Path(cache_dir or default).expanduser()
         self.statistics_images = _whole(statistics_images, "data.args.statistics_images", 2)
@@ -190,6 +192,7 @@ class SegmentationDataModule(LightningDataModule):
         """Decode and score what is not there yet; one process of each machine does."""
         self.source("train")
         self.source(self.validate_on)
+        _say_single_class(self.source("train"), self.classes)
         if self.data_slimming is not None:
             _ = self.table
 
@@ -343,6 +346,17 @@ def _say_protected(droppable: np.ndarray, rare: np.ndarray) -> None:
         rank_zero_warn(f"{said}: dropping saves little; lower data_slimming.rare_class_images")
     elif protected:
         rank_zero_info(said)
+
+
+def _say_single_class(source: Source, classes: Sequence[str], looked_at: int = 8) -> None:
+    """Say loudly when some labels from all over the source have one class between them: there is nothing to learn."""
+    places = np.unique(np.linspace(0, len(source) - 1, looked_at).round().astype(int))
+    found = set().union(*(np.unique(source.load(int(place)).label).tolist() for place in places)) - {IGNORE}
+    if len(found) == 1 and len(classes) > 1:
+        rank_zero_warn(
+            f"the labels of {len(places)} training images hold no class but {classes[found.pop()]}: are the masks "
+            "saved with 255 for white, which is ignored? python -m tools.check_data RECIPE looks at all of them"
+        )
 
 
 def _as_it_is(batch: Batch) -> Batch:

@@ -19,6 +19,8 @@ NOT_ALLOWED = -1
 MAX_CLASSES = 254  # 254 marks ids that are not allowed while the table is applied, 255 is IGNORE
 _MARK = 254
 
+FINDS_ALL = "python -m tools.check_data RECIPE finds all such files"
+
 CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
 """The labelIds of Cityscapes that are evaluated, in the order of their train ids."""
 
@@ -32,9 +34,9 @@ class LabelTable:
     >>> table = label_table(("road", "car"), raw_to_train={7: 0, 26: 1}, ignore=[0])
     >>> table.apply(np.array([[7, 26, 0]], np.uint8), Path("a.png")).tolist()
     [[0, 1, 255]]
-    >>> table.apply(np.array([[7, 26, 9]], np.uint8), Path("a.png"))
+    >>> table.apply(np.array([[7, 26, 9]], np.uint8), Path("a.png"))  # doctest: +ELLIPSIS
     Traceback (most recent call last):
-    dance_seg.errors.DataError: a.png: raw id 9 (1 pixel) is not in the label table, which knows 0, 7 and 26
+    dance_seg.errors.DataError: a.png: raw id 9 (1 pixel) is not in the label table, which knows 0, 7 and 26; ...
     """
 
     classes: tuple[str, ...]
@@ -78,11 +80,11 @@ class LabelTable:
         """
         if raw.dtype != np.uint8:
             if raw.size and (raw.min() < 0 or raw.max() > 255):
-                raise DataError(f"{path}: {self.describe_outside(count_ids(raw))}")
+                raise DataError(f"{path}: {self.describe_outside(count_ids(raw))}; {FINDS_ALL}")
             raw = raw.astype(np.uint8)
         train = cv2.LUT(np.ascontiguousarray(raw), self._lookup).reshape(raw.shape)
         if len(self.allowed_set) < 256 and (train == _MARK).any():
-            raise DataError(f"{path}: {self.describe_outside(count_ids(raw))}")
+            raise DataError(f"{path}: {self.describe_outside(count_ids(raw))}; {FINDS_ALL}")
         return train
 
     @cached_property

@@ -213,7 +213,8 @@ def _address(path: str | int) -> tuple[str, str, str]:
     if "\0" in path or not file.exists():
         near = [other.name for other in file.parent.iterdir()] if "\0" not in path and file.parent.is_dir() else []
         close = get_close_matches(file.name, near, n=1)
-        raise DataError(f"{path!r} is missing{f'; did you mean {file.parent / close[0]}?' if close else ''}")
+        hint = f"did you mean {file.parent / close[0]}?" if close else "data.args.path names the film"
+        raise DataError(f"{path!r} is missing; {hint}")
     if file.is_dir():
         raise DataError(f"{path} is a folder; for a folder of frames write data.name=video_folder data.args.images=...")
     if not file.is_file():

@@ -15,8 +15,8 @@ import torch
 
 from dance_seg.build import train
 from dance_seg.checkpoint import load_checkpoint, newest_valid
-from dance_seg.recipe import save_recipe
-from dance_seg.run_folder import written_by_this_process
+from dance_seg.recipe import load_recipe, save_recipe
+from dance_seg.run_folder import open_folder, written_by_this_process
 from datamodules import build_datamodule
 from tests.tiny import tiny
 
@@ -180,6 +180,32 @@ def test_a_finished_run_is_not_trained_again_and_another_recipe_is_refused(undis
     other = tiny(*HARD, "optimizer.lr=0.5", slim=True, cache=folder.parent / "cache")
     with pytest.raises(ValueError, match=r"optimizer.lr: 0\.001 / 0\.5"):
         run(other, folder)
+
+
+def test_a_folder_in_which_nothing_was_trained_is_nobodys(undisturbed, tmp_path):
+    """A command with a mistake must not claim the name for the one that is right."""
+    recipe, _, _ = undisturbed
+    (tmp_path / "checkpoints").mkdir()
+    wrong = replace(recipe, model=replace(recipe.model, args={**recipe.model.args, "arch": "fpnn"}))
+    with pytest.raises(ValueError, match="did you mean fpn"):
+        run(wrong, tmp_path)
+    open_folder(recipe, tmp_path)
+    assert load_recipe(tmp_path / "recipe.yaml").model == recipe.model
+    (tmp_path / "checkpoints" / "step-00000001.ckpt").write_bytes(b"")
+    with pytest.raises(ValueError, match=f"holds a run of another recipe .*start_from={tmp_path}"):
+        open_folder(wrong, tmp_path)
+
+
+def test_devices_that_are_not_there_are_refused_before_the_folder_is_taken(undisturbed, tmp_path, monkeypatch):
+    recipe, _, _ = undisturbed
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="trainer.accelerator is gpu and torch .* finds none here; set it to cpu"):
+        run(replace(recipe, trainer=replace(recipe.trainer, accelerator="gpu")), tmp_path / "run")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match="trainer.devices is 4 and torch finds 2 GPUs here"):
+        run(replace(recipe, trainer=replace(recipe.trainer, accelerator="auto", devices=4)), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_damaged_newest_checkpoint_is_passed_over_for_the_one_before(undisturbed, tmp_path):

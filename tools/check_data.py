@@ -12,6 +12,7 @@ from tools.cli import add_recipe, parser, run, write_json
 
 if TYPE_CHECKING:
     from datamodules.audit import Report
+    from datamodules.base import SegmentationDataModule
 
 
 def main() -> int:
@@ -25,9 +26,13 @@ def main() -> int:
     from datamodules import build_datamodule
     from datamodules.audit import check_pairs, errors_found, find_twins, warnings_found
 
-    found = build_datamodule(recipe).sources_for_check()
+    datamodule = build_datamodule(recipe)
+    found = datamodule.sources_for_check()
     reports = {split: check_pairs(pairs, label_table) for split, (pairs, label_table) in found.items()}
     errors, warnings = errors_found(reports), warnings_found(reports)
+    if not errors:
+        errors, more = training_refuses(datamodule)
+        warnings += more
     print(describe(reports))
     print(
         "\n".join([*(f"error: {text}" for text in errors), *(f"warning: {text}" for text in warnings)]) or "no faults"
@@ -42,6 +47,18 @@ def main() -> int:
         },
     )
     return 1 if errors else 0
+
+
+def training_refuses(datamodule: "SegmentationDataModule") -> tuple[list[str], list[str]]:
+    """What training would refuse although every file is fine: errors of the split, warnings of the recipe."""
+    try:
+        number = len(datamodule.raw_source("train"))
+    except ValueError as error:
+        return [str(error)], []
+    if number < datamodule.batch_size:
+        said = f"data.args.batch_size is {datamodule.batch_size}, and there are {number} training images; lower it"
+        return [], [said]
+    return [], []
 
 
 def describe(reports: "Mapping[str, Report]") -> str:

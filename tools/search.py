@@ -187,6 +187,7 @@ def best_network(
     out = arguments.out or arguments.run.with_name(f"{arguments.run.name}_found")
     about = judge.about() | {"budget": str(judge.budget), "method": arguments.method, "seed": arguments.seed}
     check_folder(out, about)
+    check_in_reach(judge, arguments.lowest)
 
     def search(method: str) -> Any:
         name = f"{method}_{judge.performance}_{judge.budget.limit:g}{judge.budget.unit}_seed{arguments.seed}.journal"
@@ -238,6 +239,20 @@ def measured_ms(judge: "SubnetScores", network: "nn.Module", folder: Path) -> fl
     if judge.performance == "dynamic":
         return float(read_object(folder / "calibration.json")["achieved"]["milliseconds"])
     return judge.cost_of_other(network)
+
+
+def check_in_reach(judge: "SubnetScores", lowest: float) -> None:
+    """Raise ValueError for a budget below what the smallest network can spend, or above what the largest one does."""
+    space, unit = judge.model.space, judge.unit
+    dynamic = judge.performance == "dynamic"
+    least = judge.path_costs(space.smallest).cheapest if dynamic else judge.whole_cost(space.smallest)
+    most = judge.whole_cost(space.largest)
+    if not least <= judge.budget.limit or most < lowest * judge.budget.limit:
+        way = ", every image leaving at the first exit" if dynamic else ""
+        raise ValueError(
+            f"the budget is {judge.budget}, and the networks of this space cost from {least:.6g} (the smallest{way}) "
+            f"to {most:.6g} {unit} (the largest): give a budget between, or a smaller --lowest"
+        )
 
 
 def whole_front(arguments: argparse.Namespace, judge: "SubnetScores") -> dict[str, Any]:

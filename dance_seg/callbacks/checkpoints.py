@@ -127,4 +127,7 @@ def checkpoint_of(folder: Path, choice: str) -> tuple[Path, dict[str, Any]]:
             raise ValueError(f"{folder} holds no checkpoint; train first: python -m tools.train RECIPE")
         return found
     path = Path(choice)
+    if not path.exists():
+        there = ", ".join(sorted(str(one) for one in folder.glob("*.ckpt")))
+        raise ValueError(f"{choice}: no such checkpoint; give best, last or one of {there or 'none: train first'}")
     return path, load_checkpoint(path)

@@ -105,6 +105,9 @@ def build_network(
 
     Raises ValueError like SmpModel.
     """
+    for key, value, example in (("arch", arch, "fpn"), ("encoder_name", encoder_name, "resnet18")):
+        if not isinstance(value, str):
+            raise ValueError(f"model.args.{key} is {value!r}; give a name, such as {example}")
     if str(encoder_weights).endswith(".safetensors"):
         network, only_size = build_network(arch, encoder_name, num_classes, None, options)
         load_encoder(network, encoder_name, Path(str(encoder_weights)))

@@ -1,5 +1,7 @@
 """The data module: arguments are checked by name, validation is not padded, statistics come from training images."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -188,3 +190,30 @@ def test_at_adaptive_resolution_each_image_is_as_large_as_its_complexity_calls_f
     assert shares == {size: sizes.count(size) / 12 for size in ((32, 32), (64, 64))}
     # the training images themselves: half of them lie below the quantile 0.5
     assert data.inference_sizes("train")[(32, 32)] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ({"root": None}, "data.args.root is None; name the folder that holds"),
+        ({"root": ""}, "data.args.root is ''; name the folder that holds"),
+        ({"root": 0}, "data.args.root is 0"),
+        ({"root": ".", "cache_dir": 3}, "data.args.cache_dir is 3; name a folder"),
+    ],
+)
+def test_a_folder_that_is_no_text_is_refused_by_its_key(value, said):
+    with pytest.raises(ValueError, match=said):
+        build_part({"folder": FolderDataModule}, Part("folder", value), at="data").raw_source("train")
+
+
+def test_masks_of_one_class_are_said_loudly(tmp_path):
+    white = [(torch.zeros(3, 40, 50), torch.where(torch.rand(40, 50) > 0.5, 255, 0))] * 4
+    for pairs, warned in ((white, True), ([(white[0][0], torch.arange(50).expand(40, 50) % 2)] * 4, False)):
+        data = DatasetDataModule(pairs, pairs, ["road", "car"])
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            data.prepare_data()
+        assert (
+            any("no class but road: are the masks saved with 255 for white" in str(one.message) for one in caught)
+            is warned
+        )

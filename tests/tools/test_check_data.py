@@ -65,6 +65,15 @@ def test_bad_data_is_named_with_a_diagnosis_and_the_status_is_one(
     assert "error: train: 1 of 6 pairs cannot be used" in printed
 
 
+def test_what_training_would_refuse_of_good_files_is_said(
+    data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert checked(monkeypatch, data, "data.args.hold_out=nowhere") == 1
+    assert "error: data.args.hold_out names 'nowhere'" in capsys.readouterr().out
+    assert checked(monkeypatch, data, "data.args.batch_size=8") == 0
+    assert "warning: data.args.batch_size is 8, and there are 6 training images" in capsys.readouterr().out
+
+
 def test_a_test_split_that_is_not_there_is_no_fault(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (data / "test.txt").unlink()
     assert checked(monkeypatch, data) == 0

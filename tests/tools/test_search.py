@@ -308,6 +308,7 @@ def test_every_judged_network_goes_to_the_tracker_with_the_best_so_far(runs, tmp
         (("--subnet", "one.json", "--beside", "runs/other"), "--beside shows other models beside what was searched"),
         (("--trained", "one", "two", "--beside", "runs/other"), "--beside shows other models beside what was searched"),
         (("--method", "front", "--control"), "--control is a random search beside one for a single network"),
+        (("--budget-macs", "1e8", "--method", "random", "--control"), "--control is a random search beside another"),
         (("--subnet", "one.json", "--control"), "--control is a random search beside one for a single network"),
     ],
 )
@@ -334,5 +335,12 @@ def test_other_networks_storages_and_folders_are_refused(runs, call, tmp_path):
     (tmp_path / "mine" / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match="holds something else than a network that was found; name another --out"):
         call(run, "--budget-macs", MACS, out="mine")
+    with pytest.raises(
+        ValueError, match=r"cost from \d\S* \(the smallest, every image leaving at the first exit\) to \d"
+    ):
+        call(run, "--budget-macs", 10, storage="cheap.journal", out="cheap")
+    assert not (tmp_path / "cheap.journal").exists()
+    with pytest.raises(ValueError, match=r"\(the largest\): give a budget between, or a smaller --lowest"):
+        call(run, "--budget-macs", 1e12, storage="dear.journal", out="dear")
     with pytest.raises(ValueError, match="trained no network of a supernet"):
         call(run, "--trained", runs["multi_stage"], runs["multi_stage"])

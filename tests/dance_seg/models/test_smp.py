@@ -229,3 +229,10 @@ def test_it_compiles_into_one_graph_with_sizes_left_open() -> None:
         for size in ((64, 96), (45, 67), (96, 128)):
             images = torch.randn(2, 3, *size)
             torch.testing.assert_close(compiled(images), model(images))
+
+
+@pytest.mark.parametrize("given", [{"arch": None}, {"encoder_name": None}, {"arch": 3}])
+def test_names_that_are_no_text_are_refused_by_their_key(given: dict[str, object]) -> None:
+    (key,) = given
+    with pytest.raises(ValueError, match=rf"model\.args\.{key} is {given[key]}; give a name"):
+        SmpModel(**{"num_classes": 2, "arch": "fpn", "encoder_name": "resnet18", **given})
