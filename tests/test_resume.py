@@ -200,10 +200,10 @@ def test_devices_that_are_not_there_are_refused_before_the_folder_is_taken(undis
     recipe, _, _ = undisturbed
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    with pytest.raises(ValueError, match="trainer.accelerator is gpu and torch .* finds none here; set it to cpu"):
+    with pytest.raises(ValueError, match=r"trainer\.accelerator is gpu and torch .* finds none here; set it to cpu"):
         run(replace(recipe, trainer=replace(recipe.trainer, accelerator="gpu")), tmp_path / "run")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(ValueError, match="trainer.devices is 4 and torch finds 2 GPUs here"):
+    with pytest.raises(ValueError, match=r"trainer\.devices is 4 and torch finds 2 GPUs here"):
         run(replace(recipe, trainer=replace(recipe.trainer, accelerator="auto", devices=4)), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
