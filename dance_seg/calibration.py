@@ -178,7 +178,7 @@ def price(model: nn.Module, size: tuple[int, int], reference: tuple[int, int]) -
     """What an image of `size` (H, W) is taken to cost, in images of the reference's size: padded pixels over padded.
 
     >>> from dance_seg.models.ranet import RANet
-    >>> price(RANet(11, size="tiny"), (144, 192), (288, 384))
+    >>> price(RANet(11, size="tiny"), (144, 180), (320, 384))  # padded to 160x192
     0.25
     """
     if isinstance(model, ExitNetwork):

@@ -23,6 +23,8 @@ class FileDataModule(SegmentationDataModule):
             raise ValueError(
                 "data.args.train_on is trainval, which holds the images of val: set data.args.hold_out or validate_on"
             )
+        if not isinstance(root, str | Path) or not str(root):
+            raise ValueError(f"data.args.root is {root!r}; name the folder that holds the data")
         self.root = Path(root).expanduser()
         self.train_on = train_on
         self._pairs: dict[str, tuple[list[Pair], LabelTable]] = {}

@@ -20,8 +20,6 @@ def data_root(root: str | Path, layout: str) -> Path:
 
     Raises DataError, saying what is expected there, when it is not.
     """
-    if not isinstance(root, str | Path) or not str(root):
-        raise DataError(f"data.args.root is {root!r}; name the folder that holds {layout}")
     path = Path(root).expanduser()
     if "\0" in str(path) or not path.is_dir():
         what = "is a file, not a folder" if path.is_file() else "is missing" if "\0" not in str(path) else "is no path"

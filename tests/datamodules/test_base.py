@@ -195,8 +195,8 @@ def test_at_adaptive_resolution_each_image_is_as_large_as_its_complexity_calls_f
 @pytest.mark.parametrize(
     ("value", "said"),
     [
-        ({"root": None}, "data.args.root is None; name the folder that holds"),
-        ({"root": ""}, "data.args.root is ''; name the folder that holds"),
+        ({"root": None}, "data.args.root is None; name the folder"),
+        ({"root": ""}, "data.args.root is ''; name the folder"),
         ({"root": 0}, "data.args.root is 0"),
         ({"root": ".", "cache_dir": 3}, "data.args.cache_dir is 3; name a folder"),
     ],
