@@ -380,6 +380,8 @@ def measured(
     setting: Setting,
 ) -> Measured:
     """All figures of one seed."""
+    from dance_seg.early_exit.policy import FITTED
+
     model, data = exits
     found, costs = stopping(model, data, milliseconds, setting.calibration, setting.test)
     for twin, network in twins.items():
@@ -392,7 +394,7 @@ def measured(
     found.ratios["miou_last_minus_twin"] = [last.miou - single.miou]
     policy = found.notes.pop("policies")["milliseconds"]
     found.ratios.update(speeds(model, data, setting.test, policy, costs))
-    found.notes["policy"] = policy.as_record()
+    found.notes["policy"] = {key: value for key, value in policy.as_record().items() if key not in FITTED}
     figures, said = proofs(model, data, setting.test)
     found.ratios.update({key: [value] for key, value in figures.items()})
     found.notes.update(said)
