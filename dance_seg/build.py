@@ -465,8 +465,8 @@ def load_run(folder: Path, choice: str = "best") -> tuple[nn.Module, dict[str, A
     if not folder.is_dir():
         known = sorted({str(p.parent.parent) for p in Path("runs").glob("*/checkpoints/*.ckpt")})
         raise ValueError(f"{folder}: no such run; there are: {', '.join(known) or 'none yet, train one first'}")
-    if choice in ("best", "last") and not (folder / "recipe.yaml").is_file():
-        raise ValueError(f"{folder} is not the folder of a run: there is no recipe.yaml in it")
+    if choice in ("best", "last") and not (folder / "checkpoints").is_dir():
+        raise ValueError(f"{folder} is not the folder of a run: there is no checkpoints/ in it")
     path, _ = checkpoint_of(folder / "checkpoints", choice)
     model, record = load_model(path)
     return model, record, path

@@ -56,9 +56,8 @@ class ExitPolicy:
     boundary_weight: float = 1.0
     thresholds: tuple[float, ...] = ()  # one per exit but the last
     lines: tuple[tuple[float, ...], ...] = ()  # one per exit but the last: a constant, and two weights per class
-    limits: tuple[
-        tuple[float, ...], ...
-    ] = ()  # one per line: least evidence of each kind, then most; beyond is as at it
+    # One row per line: of each piece of evidence the least, then of each the most; beyond them it counts as at them.
+    limits: tuple[tuple[float, ...], ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse values that make no sense; lists become tuples."""
