@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -59,6 +60,12 @@ def trained(tmp_path_factory):
     recipe = replace(recipe, model=Part("ranet", {"size": "tiny"}))
     datamodule = build_datamodule(recipe)
     return train(recipe, datamodule, folder / "run"), datamodule
+
+
+@pytest.fixture(autouse=True)
+def few_rounds(monkeypatch):
+    """Milliseconds are not what these tests are about."""
+    monkeypatch.setattr("dance_seg.calibration.path_milliseconds", partial(path_milliseconds, rounds=2))
 
 
 @pytest.fixture

@@ -80,7 +80,7 @@ def test_the_penalty_ends_with_the_last_cut_and_is_no_part_of_the_logged_loss(tm
     assert max(losses) < 20
 
 
-@pytest.mark.parametrize("importance", ["bn_scale", "taylor"])
+@pytest.mark.parametrize("importance", [pytest.param("bn_scale", marks=pytest.mark.slow), "taylor"])
 def test_masks_that_settle_or_the_end_of_the_window_cut_once(importance, tmp_path, monkeypatch):
     passed = []
     passes = SegmentationModule._backward_passes
@@ -107,6 +107,7 @@ def counted(seen, batches):
         yield batch
 
 
+@pytest.mark.slow
 def test_taylor_scores_on_labelled_images_and_charges_them(tmp_path):
     recipe = tiny(*CUTS, "network_slimming.importance=taylor", "trainer.validate_every=5", cache=tmp_path / "cache")
     folder = train(recipe, build_datamodule(recipe), tmp_path / "run")

@@ -14,7 +14,7 @@ from tools.make_shapes import write_layout
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 # README says how to try a command first; with this the tests do.
-SHORT = re.search(r"append `([^`]+)`", README).group(1).split()
+SHORT = re.search(r"append\s+`([^`]+)`", README).group(1).split()
 SHORT.remove("name=try")  # which is for trying beside the real run; later commands are about that one
 QUICK = ["data.args.batch_size=4", "trainer.accelerator=cpu", "data.args.statistics_images=4"]
 

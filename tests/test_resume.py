@@ -223,6 +223,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over_for_the_one_before(undisturb
     assert_same(final(folder), final(tmp_path))
 
 
+@pytest.mark.slow  # tests/durability kills more, and forks where this starts anew
 def test_a_run_killed_at_a_random_moment_and_started_again_ends_with_the_same_weights(undisturbed, tmp_path):
     recipe, folder, _ = undisturbed
     save_recipe(recipe, tmp_path / "tiny.yaml")

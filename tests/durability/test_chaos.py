@@ -30,7 +30,7 @@ from tools.chaos import (
 CASES = [
     ("dense", 1, 4),
     ("dance", 1, 3),
-    pytest.param("dense", 2, 2, marks=pytest.mark.ddp),
+    pytest.param("dense", 2, 2, marks=[pytest.mark.ddp, pytest.mark.slow]),
     pytest.param("dance", 2, 1, marks=pytest.mark.ddp),
 ]
 

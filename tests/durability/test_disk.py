@@ -97,6 +97,7 @@ def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_trained(c
 
 
 def test_without_the_probe_it_would_be_noticed_only_after_the_model_was_built(cache, tmp_path, monkeypatch):
+    (tmp_path / "run").mkdir()
     monkeypatch.setattr("dance_seg.run_folder.check_writable", lambda _: None)
     monkeypatch.setattr("dance_seg.run_folder.save_recipe", lambda *_: None)
 

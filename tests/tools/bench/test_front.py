@@ -20,7 +20,7 @@ from tools.bench.front import Network, Point
 
 
 def test_a_network_that_stops_early_stands_where_its_images_leave(monkeypatch):
-    monkeypatch.setattr("dance_seg.calibration.path_milliseconds", path_costs)
+    monkeypatch.setattr("dance_seg.calibration.path_milliseconds", lambda model, size, policy: path_costs(model, size))
     torch.manual_seed(0)
     toy, data = Toy(light=True).eval(), FewImages(count=4)
     first = ExitPolicy(score="mean", thresholds=(0.0, 0.0))
