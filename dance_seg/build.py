@@ -156,8 +156,10 @@ def build_trainer(recipe: Recipe, datamodule: "SegmentationDataModule", folder: 
     metrics = JsonlLogger(folder)
     mirror = tracker_of(recipe, folder)
 
+    first = first_to_choose(options.max_epochs, options.validate_every, options.choose_from)
+
     def may_choose(epoch: int) -> bool:
-        return epoch >= first_to_choose(options.max_epochs, options.validate_every, options.choose_from)
+        return epoch >= first
 
     ledger = CostLedger(folder)
     slimming = recipe.network_slimming

@@ -282,9 +282,10 @@ def as_figures(found: ExitsOfSplit, policy: ExitPolicy, costs: dict[str, PathCos
     `expected` has mIoU and shares of other images: where lines were fitted to these, the policy knows them better than
     others. The deviations of the shares are from one such split to the next.
     """
-    table = found.own_table(costs["macs"])  # what the images do does not depend on the unit
-    judged = at_thresholds(table, policy.thresholds)
-    expected = {"miou": at_thresholds(found.table(costs["macs"]), policy.thresholds).miou}
+    tables = {unit: (found.own_table(cost), found.table(cost)) for unit, cost in costs.items()}
+    spent = {unit: [at_thresholds(table, policy.thresholds) for table in both] for unit, both in tables.items()}
+    table, (judged, others) = tables["macs"][0], spent["macs"]  # what the images do does not depend on the unit
+    expected = {"miou": others.miou}
     draws = [scored(table, random_exits(table, judged.shares, seed)) for seed in range(20)]
     figures: dict[str, Any] = {
         "images": len(found.names),
@@ -295,7 +296,7 @@ def as_figures(found: ExitsOfSplit, policy: ExitPolicy, costs: dict[str, PathCos
         "expected": expected,
     }
     for unit, cost in costs.items():
-        own, others = (at_thresholds(t, policy.thresholds) for t in (found.own_table(cost), found.table(cost)))
+        own, others = spent[unit]
         full = table.mean_price * cost.full
         figures[unit] = own.average_cost
         figures[f"{unit}_share"] = own.average_cost / full
