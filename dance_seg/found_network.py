@@ -6,9 +6,9 @@ search.json, what the search came to.
 """
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -121,13 +121,26 @@ def search_figures(found: Found, judge: SubnetScores) -> dict[str, Any]:
     }
 
 
-def track(recipe: Recipe, folder: Path, history: Sequence[Candidate]) -> None:
-    """Every judged network in the tracker, and the best score so far, as a run named after the folder."""
+def judged_rows(history: Sequence[Candidate]) -> list[dict[str, float]]:
+    """Every judged network for the tracker, with the best score so far.
+
+    >>> one = Candidate(0, 0, Subnet({"width": 8}), cost=5.0, score=3.0)
+    >>> judged_rows([one, one._replace(score=2.0)])[1]
+    {'search/score': 2.0, 'search/cost': 5.0, 'search/best': 3.0}
+    """
+    best = accumulate((one.score for one in history), max)
+    return [
+        {"search/score": one.score, "search/cost": one.cost, "search/best": so_far}
+        for one, so_far in zip(history, best, strict=True)
+    ]
+
+
+def track(recipe: Recipe, folder: Path, *series: Sequence[Mapping[str, float]]) -> None:
+    """Rows of figures in the tracker, each series from step 0, in the run named after the folder."""
     logger = tracker_of(replace(recipe, name=folder.name), folder, "search")
     if logger is None:
         return
-    best = -math.inf
-    for step, one in enumerate(history):
-        best = max(best, one.score)
-        logger.log_metrics({"search/score": one.score, "search/cost": one.cost, "search/best": best}, step=step)
+    for rows in series:
+        for step, row in enumerate(rows):
+            logger.log_metrics(dict(row), step=step)
     logger.finish()

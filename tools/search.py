@@ -21,6 +21,7 @@ from tools.cli import parser, run, write_json
 if TYPE_CHECKING:
     from torch import nn
 
+    from dance_seg.recipe import Recipe
     from dance_seg.subnet_scores import JudgedSplit, SubnetScores
     from dance_seg.supernet.search import Budget, Candidate, Evolution, Progress
     from dance_seg.supernet.space import Subnet
@@ -85,11 +86,11 @@ def main() -> int:
     split = JudgedSplit(build_datamodule(recipe), arguments.split, arguments.images)
     judge = judge_of(arguments, model, split, [named] if named else [])
     if arguments.trained:
-        figures = rank_correlation(judge, arguments.trained)
+        figures = rank_correlation(arguments, judge, recipe)
     elif named is not None:
         figures = taken_out(arguments, judge, record, named)
     elif arguments.method == "front":
-        figures = whole_front(arguments, judge)
+        figures = whole_front(arguments, judge, recipe)
     else:
         figures = best_network(arguments, judge, record, recipe)
     write_json(arguments.json, figures)
@@ -177,10 +178,10 @@ def judge_of(
 
 
 def best_network(
-    arguments: argparse.Namespace, judge: "SubnetScores", record: dict[str, Any], recipe: Any
+    arguments: argparse.Namespace, judge: "SubnetScores", record: dict[str, Any], recipe: "Recipe"
 ) -> dict[str, Any]:
     """Search for one network within the budget, and write it as a run."""
-    from dance_seg.found_network import check_folder, search_figures, track, write_found
+    from dance_seg.found_network import check_folder, judged_rows, search_figures, track, write_found
     from dance_seg.report.run_page import write_report
     from dance_seg.supernet.search import evolve, random_search
 
@@ -215,7 +216,7 @@ def best_network(
         figures["control"] = control
     figures["beside"] = [*ends_of(judge), *beside(judge, arguments.beside)]
     network = write_found(out, record, judge, found.best.subnet, figures)
-    track(recipe, out, found.history)
+    track(recipe, out, judged_rows(found.history))
     write_report(out)
     print_best(found.history, judge)
     print(f"best: {found.best.subnet}")
@@ -255,9 +256,9 @@ def check_in_reach(judge: "SubnetScores", lowest: float) -> None:
         )
 
 
-def whole_front(arguments: argparse.Namespace, judge: "SubnetScores") -> dict[str, Any]:
+def whole_front(arguments: argparse.Namespace, judge: "SubnetScores", recipe: "Recipe") -> dict[str, Any]:
     """Search for all networks that none beats in both score and cost; the supernet's report shows them."""
-    from dance_seg.found_network import SEARCH
+    from dance_seg.found_network import SEARCH, judged_rows, track
     from dance_seg.machine import write_text
     from dance_seg.report.run_page import write_report
     from dance_seg.supernet.front import Front, front
@@ -283,6 +284,8 @@ def whole_front(arguments: argparse.Namespace, judge: "SubnetScores") -> dict[st
         "beside": [*ends_of(judge), *beside(judge, arguments.beside)],
     }
     write_text(arguments.run / SEARCH, json.dumps(figures, indent=1) + "\n")
+    front_rows = [{"search/front_score": one.score, "search/front_cost": one.cost} for one in found.front]
+    track(recipe, arguments.run, judged_rows(found.history), front_rows)
     write_report(arguments.run)
     print_best(found.front, judge)
     print(f"{arguments.run}/report.html shows the front of {len(found.front)} among {len(found.history)} networks")
@@ -310,12 +313,14 @@ def taken_out(
     return figures
 
 
-def rank_correlation(judge: "SubnetScores", folders: Sequence[Path]) -> dict[str, Any]:
+def rank_correlation(arguments: argparse.Namespace, judge: "SubnetScores", recipe: "Recipe") -> dict[str, Any]:
     """How the supernet's scores of networks go with those after training, on the same images."""
     from dance_seg.build import load_run
+    from dance_seg.found_network import track
     from dance_seg.supernet.search import kendall_tau
     from dance_seg.supernet.space import named_subnet
 
+    folders: Sequence[Path] = arguments.trained
     if len(folders) < 2:
         raise ValueError("a rank correlation needs at least 2 runs; give more to --trained")
     rows: list[dict[str, Any]] = []
@@ -330,6 +335,8 @@ def rank_correlation(judge: "SubnetScores", folders: Sequence[Path]) -> dict[str
             raise ValueError(f"{folder}: of another search space: {error}") from None
         rows.append({"run": str(folder), "supernet": judge.miou(subnet), "trained": judge.split.miou(network)})
     tau = kendall_tau([row["supernet"] for row in rows], [row["trained"] for row in rows])
+    pairs = [{f"search/rank/{key}": float(row[key]) for key in ("supernet", "trained")} for row in rows]
+    track(recipe, arguments.run, pairs, [{"search/rank/kendall_tau": tau}])
     print("  supernet  trained  run")
     for row in rows:
         print(f"  {row['supernet']:8.2f}  {row['trained']:7.2f}  {row['run']}")

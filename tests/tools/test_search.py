@@ -18,7 +18,7 @@ from dance_seg.calibration import calibrated_policy
 from dance_seg.checkpoint import save_checkpoint
 from dance_seg.cost.macs import count_macs
 from dance_seg.early_exit.paths import Walked, path_costs
-from dance_seg.found_network import check_folder, track, write_found
+from dance_seg.found_network import check_folder, judged_rows, track, write_found
 from dance_seg.inference import evaluate, predictions
 from dance_seg.metrics import confusion_matrix, scores
 from dance_seg.part import Part
@@ -68,6 +68,30 @@ def call(monkeypatch, tmp_path):
         return json.loads((tmp_path / "figures.json").read_text())
 
     return called
+
+
+@pytest.fixture
+def tracked(monkeypatch):
+    """What is told to the tracker."""
+
+    class Tracker:
+        def __init__(self):
+            self.options, self.rows, self.finished = {}, [], False
+
+        def log_metrics(self, figures, step):
+            self.rows.append((step, figures))
+
+        def finish(self):
+            self.finished = True
+
+        def columns(self, key):
+            return [(step, figures[key]) for step, figures in self.rows if key in figures]
+
+    tracker = Tracker()
+    monkeypatch.setattr(
+        "dance_seg.build.guarded_wandb_logger", lambda folder, **named: tracker.options.update(named) or tracker
+    )
+    return tracker
 
 
 def test_the_network_found_spends_and_scores_what_the_search_said_after_a_reload(runs, call, tmp_path):
@@ -221,18 +245,21 @@ def _counted(network):
 
 
 @pytest.mark.slow
-def test_the_whole_front_stands_in_the_supernets_report(runs, call):
+def test_the_whole_front_stands_in_the_supernets_report(runs, call, tracked):
     run = runs["multi_stage_supernet"]
     figures = call(run, "--method", "front", "--children", "3", "--iterations", "2", "--beside", runs["multi_stage"])
     costs, mious = ([one[key] for one in figures["front"]] for key in ("cost", "score"))
     assert costs == sorted(costs)
     assert mious == sorted(mious)
+    assert tracked.columns("search/front_cost") == list(enumerate(costs))
+    assert tracked.columns("search/front_score") == list(enumerate(mious))
+    assert tracked.columns("search/score") == [(step, one["score"]) for step, one in enumerate(figures["history"])]
     assert [one["name"] for one in figures["beside"]] == ["largest", "smallest", "multi_stage"]
     assert "mIoU against GMACs" in (run / "report.html").read_text()
 
 
 @pytest.mark.slow
-def test_a_network_that_is_named_is_taken_out_and_ranked(runs, call, tmp_path):
+def test_a_network_that_is_named_is_taken_out_and_ranked(runs, call, tmp_path, tracked):
     run, folders = runs["multi_stage_supernet"], []
     space = build_model(load_recipe(run / "recipe.yaml"), 11).space
     for name, subnet in (("largest", space.largest), ("smallest", space.smallest)):
@@ -242,6 +269,8 @@ def test_a_network_that_is_named_is_taken_out_and_ranked(runs, call, tmp_path):
         folders.append(tmp_path / name)
     ranked = call(run, "--trained", *folders)
     assert [row["supernet"] for row in ranked["networks"]] == [row["trained"] for row in ranked["networks"]]
+    assert tracked.columns("search/rank/trained") == [(n, row["trained"]) for n, row in enumerate(ranked["networks"])]
+    assert tracked.columns("search/rank/kendall_tau") == [(0, ranked["kendall_tau"])]
     assert ranked["networks"][1]["supernet"] == figures["best"]["score"]
     assert ranked["kendall_tau"] in (1.0, pytest.approx(1.0)) or ranked["networks"][0] == ranked["networks"][1]
 
@@ -272,29 +301,16 @@ def test_after_a_kill_while_a_network_is_written_the_same_search_writes_it(runs,
         check_folder(folder, {"seed": 1})
 
 
-def test_every_judged_network_goes_to_the_tracker_with_the_best_so_far(runs, tmp_path, monkeypatch):
-    rows, given = [], {}
-
-    class Tracker:
-        def log_metrics(self, figures, step):
-            rows.append((step, figures))
-
-        def finish(self):
-            rows.append("finished")
-
-    monkeypatch.setattr(
-        "dance_seg.build.guarded_wandb_logger", lambda folder, **named: given.update(named) or Tracker()
-    )
+def test_every_judged_network_goes_to_the_tracker_with_the_best_so_far(runs, tmp_path, tracked):
     recipe = load_recipe(runs["multi_stage_supernet"] / "recipe.yaml")
     smallest = build_model(recipe, 11).space.smallest
-    track(
-        recipe, tmp_path, [Candidate(0, number, smallest, 5.0, score) for number, score in enumerate((3.0, 2.0, 4.0))]
-    )
-    assert [row[1]["search/best"] for row in rows[:3]] == [3.0, 3.0, 4.0]
-    assert [row[0] for row in rows[:3]] == [0, 1, 2]
-    assert rows[3] == "finished"
-    assert given["name"] == tmp_path.name
-    assert "search" in given["tags"]
+    history = [Candidate(0, number, smallest, 5.0, score) for number, score in enumerate((3.0, 2.0, 4.0))]
+    track(recipe, tmp_path, judged_rows(history))
+    assert tracked.columns("search/best") == [(0, 3.0), (1, 3.0), (2, 4.0)]
+    assert tracked.columns("search/score") == [(0, 3.0), (1, 2.0), (2, 4.0)]
+    assert tracked.finished
+    assert tracked.options["name"] == tmp_path.name
+    assert "search" in tracked.options["tags"]
 
 
 @pytest.mark.parametrize(
