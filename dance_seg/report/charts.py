@@ -271,9 +271,9 @@ def written(style: str, x: float, y: float, text: str, anchor: str = "start") ->
     return Markup('<text class="{}" x="{}" y="{}" text-anchor="{}">{}</text>').format(style, x, y, anchor, text)
 
 
-def svg(title: str, parts: Sequence[Markup]) -> Markup:
+def svg(title: str, parts: Sequence[Markup], width: int = WIDTH, height: int = HEIGHT) -> Markup:
     """The drawing around its parts."""
-    head = Markup('<svg viewBox="0 0 {} {}" role="img" aria-label="{}">').format(WIDTH, HEIGHT, title)
+    head = Markup('<svg viewBox="0 0 {} {}" role="img" aria-label="{}">').format(width, height, title)
     return head + joined(parts) + Markup("</svg>")
 
 

@@ -7,11 +7,14 @@ runs nothing: its content security policy forbids both.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from markupsafe import Markup
 
-TEMPLATE = "page.html.jinja"
+if TYPE_CHECKING:
+    from jinja2 import Template
+
+TEMPLATE, STYLE = "page.html.jinja", "page.css.jinja"
 
 
 @dataclass(frozen=True)
@@ -170,6 +173,18 @@ class Page:
 
 def render(page: Page) -> str:
     """The page as HTML."""
+    return _template(TEMPLATE).render(page=page)
+
+
+def picture(drawing: Markup) -> str:
+    """A drawing as an SVG file of its own, which brings the pages' style along."""
+    head, parts = str(drawing).split(">", 1)
+    head = head.replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg"')
+    ground = '<rect width="100%" height="100%" fill="var(--surface)"/>'
+    return f"{head}><style>{_template(STYLE).render()}</style>{ground}{parts}\n"
+
+
+def _template(name: str) -> "Template":
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
@@ -179,7 +194,7 @@ def render(page: Page) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template(TEMPLATE).render(page=page)
+    return environment.get_template(name)
 
 
 def figure_text(value: float, digits: int = 3) -> str:

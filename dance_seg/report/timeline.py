@@ -4,7 +4,6 @@ All charts have the same x axis, the frames of the stream, so that they can be r
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -23,6 +22,7 @@ from dance_seg.report.charts import (
     joined,
     padded,
     series_class,
+    svg,
     written,
 )
 
@@ -74,7 +74,7 @@ def accuracy_chart(line: Timeline) -> Markup:
             parts.append(element("circle", "hollow series-1", note, cx=x, cy=frame.y(before), r=3.5))
         if math.isfinite(after):
             parts.append(element("circle", "point series-2", note, cx=x, cy=frame.y(after), r=3))
-    return _svg("Accuracy of the student over the stream, before and after updates", parts)
+    return svg("Accuracy of the student over the stream, before and after updates", parts, WIDE, HEIGHT)
 
 
 def stride_chart(line: Timeline) -> Markup:
@@ -101,7 +101,7 @@ def stride_chart(line: Timeline) -> Markup:
         x = frame.x(key_frame)
         note = f"key frame {key_frame:.0f}, then a stride of {stride:.0f}"
         parts.append(element("line", "curve series-1", note, x1=x, x2=x, y1=BASE - 9, y2=BASE))
-    return _svg("Stride and key frames over the stream", parts)
+    return svg("Stride and key frames over the stream", parts, WIDE, HEIGHT)
 
 
 def cost_chart(line: Timeline) -> Markup:
@@ -114,18 +114,13 @@ def cost_chart(line: Timeline) -> Markup:
     parts = [frame.axes(whole=True), *_cuts(frame, line)]
     for series, (name, values) in enumerate(known.items()):
         parts += _curve(frame, line.frames, values, series, name)
-    return _svg("Cost over the stream against the teacher on every frame", parts)
+    return svg("Cost over the stream against the teacher on every frame", parts, WIDE, HEIGHT)
 
 
 def _frame(line: Timeline, y_range: tuple[float, float], y_label: str) -> Frame:
     frame = Frame(line.x_range, y_range, "frame", y_label, TOP)
     frame.end = WIDE - RIGHT
     return frame
-
-
-def _svg(title: str, parts: Sequence[Markup]) -> Markup:
-    head = Markup('<svg viewBox="0 0 {} {}" role="img" aria-label="{}">').format(WIDE, HEIGHT, title)
-    return head + joined(parts) + Markup("</svg>")
 
 
 def _x_axis(frame: Frame) -> Markup:

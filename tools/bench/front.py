@@ -4,7 +4,7 @@ Trains what is not there yet: a multi-stage supernet, and of the four rows the d
 Searches the supernet for three budgets, judging on val, and scores all on the drive held out: found networks by the
 thresholds of their exits, the others whole. Milliseconds are measured, all networks taking turns; of a network that
 stops early, its whole time by the share of it that its images take on average. Writes runs/bench/front.json and the
-plot beside it.
+plot beside it, front.svg.
 
 FPN of the four rows begins with an encoder trained on ImageNet, the supernet with random weights. Overrides apply to
 the supernet.
@@ -34,7 +34,6 @@ BUDGETS = (0.15, 0.35, 0.7)  # of the MACs of the largest network
 SEARCHED, SCORED = "val", "held_out"
 SEARCH = {"initial": 16, "iterations": 4, "parents": 4, "mutation": 4, "crossover": 4}
 ROUNDS = 30
-SHOWN = "Numbers: found in the supernet, within so much of the MACs of its largest; stairs: what none beats"
 
 
 class Network(NamedTuple):
@@ -173,15 +172,18 @@ def report(points: Sequence[Point], runs: Mapping[str, str]) -> None:
         point.name: f"mIoU {point.miou:.1f}, {point.milliseconds:.1f} ms, {point.gmacs:.3f} GMACs; {point.said}"
         for point in points
     }
-    path = write_result("front", 1, ratios, {**lines, "runs": dict(runs)})
-    path.with_suffix(".html").write_text(page_of(points))
-    print(f"the plot: {path.with_suffix('.html')}")
+    plot = write_result("front", 1, ratios, {**lines, "runs": dict(runs)}).with_suffix(".svg")
+    plot.write_text(plot_of(points))
+    print(f"the plot: {plot}")
 
 
-def page_of(points: Sequence[Point]) -> str:
-    """A page with one plot: mIoU against milliseconds, and the stairs of what none beats."""
+def plot_of(points: Sequence[Point]) -> str:
+    """An SVG file of mIoU against milliseconds, with the stairs of what none beats.
+
+    Numbers name networks found in the supernet, by the share of its largest network's MACs that they were searched for.
+    """
     from dance_seg.report.charts import Mark, scatter
-    from dance_seg.report.page import Chart, Page, Section, render
+    from dance_seg.report.page import picture
 
     marks = [
         Mark(point.milliseconds, point.miou, short(point.name), series=int(point.name.startswith("FPN")))
@@ -194,7 +196,7 @@ def page_of(points: Sequence[Point]) -> str:
         y_label=f"mIoU on {SCORED}",
         front=front_of(points),
     )
-    return render(Page("Networks of a supernet", sections=(Section("CamVid", (Chart(SHOWN, drawing, wide=True),)),)))
+    return picture(drawing)
 
 
 def short(name: str) -> str:

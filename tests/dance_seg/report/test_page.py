@@ -2,10 +2,11 @@
 
 import re
 from html.parser import HTMLParser
+from xml.etree import ElementTree
 
 import pytest
 
-from dance_seg.report.charts import Line, line_chart
+from dance_seg.report.charts import Line, Mark, line_chart, scatter
 from dance_seg.report.page import (
     Bar,
     Bars,
@@ -25,6 +26,7 @@ from dance_seg.report.page import (
     change_text,
     figure_text,
     listed,
+    picture,
     render,
     seconds_text,
 )
@@ -128,3 +130,14 @@ def test_a_change_is_a_percentage():
 def test_a_long_list_is_counted():
     assert listed(["a", "b"]) == "a, b"
     assert listed(list("abcdefgh")) == "a, b, c, d, e, f and 2 more"
+
+
+def test_a_drawing_of_its_own_is_well_formed_and_defines_the_classes_it_uses():
+    drawing = scatter([Mark(1, 2, "a < b"), Mark(3, 4, "c", series=1)], title="t & t", x_label="x", y_label="y")
+    root = ElementTree.fromstring(picture(drawing))
+    assert root.tag == "{http://www.w3.org/2000/svg}svg"
+    style = root.find("{*}style").text
+    used = {name for element in root.iter() for name in element.get("class", "").split()}
+    assert "mark" in used
+    assert all(f".{name}" in style for name in used)
+    assert "a < b" in [element.text for element in root.iter()]
